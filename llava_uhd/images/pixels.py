@@ -1,0 +1,176 @@
+"""Picture files to RGB, and RGB to packed, normalised patches.
+
+What is done to unusual files, in this order: the EXIF orientation is applied, so the model sees
+the picture upright as viewers show it; the first frame of an animation is taken; 16-bit grey is
+scaled to 8 bits (value / 257, not clipped); transparency is laid over white; palettes, grey, CMYK
+and the like are converted to RGB.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from os import PathLike
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from llava_uhd.errors import UserError
+from llava_uhd.images.geometry import SlicePlan
+
+# Formats that Pillow decodes itself; others (EPS, PDF, ...) would start outside programs.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "MPO")
+
+# A picture of more pixels is refused before it is decoded: 3 bytes each would be 0.5 GB.
+MAX_PIXELS = 178_956_970
+
+ImageSource = str | PathLike[str] | bytes | Image.Image
+
+
+def open_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Opens and fully decodes a picture.
+
+    Args:
+        source: path, encoded bytes, or a PIL image.
+        max_pixels: larger pictures are refused before decoding.
+
+    Returns:
+        PIL image of mode RGB, upright.
+
+    Raises:
+        UserError: missing, empty, truncated, unknown or oversized file; the message has the path.
+    """
+    if isinstance(source, Image.Image):
+        return to_rgb(source)
+    if isinstance(source, bytes):
+        return _decode(io.BytesIO(source), f"image data of {len(source)} bytes", max_pixels)
+    path = Path(source)
+    if not path.is_file():
+        what = "is a folder, not an image file" if path.is_dir() else "does not exist"
+        raise UserError(f"image {path} {what}")
+    if path.stat().st_size == 0:
+        raise UserError(f"image {path} is empty (0 bytes): copy or download it again")
+    with path.open("rb") as stream:
+        return _decode(stream, f"image {path}", max_pixels)
+
+
+def _decode(stream: io.BufferedIOBase, what: str, max_pixels: int) -> Image.Image:
+    try:
+        with warnings.catch_warnings():
+            # Pillow's own size warning; the limit below decides.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            # A name that this build of Pillow lacks (AVIF, JPEG2000) is simply never matched.
+            image = Image.open(stream, formats=[name for name in FORMATS if _can_open(name)])
+            width, height = image.size
+            if width * height > max_pixels:
+                raise UserError(
+                    f"{what} has {width} x {height} pixels, more than the limit of {max_pixels}: "
+                    "shrink it first"
+                )
+            return to_rgb(image)
+    except UserError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise UserError(f"{what} is larger than any sane picture: {error}") from error
+    except UnidentifiedImageError as error:
+        raise UserError(f"{what} is not a picture of a known format ({', '.join(FORMATS)})") from error
+    except (OSError, SyntaxError, ValueError, IndexError, TypeError, MemoryError) as error:
+        # Pillow's decoders raise all of these on damaged data.
+        raise UserError(f"{what} cannot be decoded ({error}): it is damaged or truncated") from error
+
+
+def _can_open(name: str) -> bool:
+    Image.init()
+    return name in Image.OPEN
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Upright 8-bit RGB copy of a PIL image, as the module's first lines say."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        image = _scale_to_bytes(image)
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        canvas = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(canvas, image)
+    return image.convert("RGB")
+
+
+def _scale_to_bytes(image: Image.Image) -> Image.Image:
+    values = np.asarray(image).astype(np.float64)
+    if image.mode == "F":
+        # Float pictures carry no range of their own: [0, 1] if they fit it, else 8-bit values.
+        scaled = values * 255 if 0 <= values.min() and values.max() <= 1 else values
+    else:
+        scaled = values / 257 if values.max() > 255 or image.mode.startswith("I;16") else values
+    return Image.fromarray(np.clip(np.rint(scaled), 0, 255).astype(np.uint8))
+
+
+def cut_views(image: Image.Image, plan: SlicePlan) -> list[Image.Image]:
+    """Resizes and cuts an RGB image into its views: slices row by row, then the overview.
+
+    Slices and overview are resized from the original with Pillow's antialiased bicubic filter on
+    8-bit values, as published.
+
+    Raises:
+        ValueError: the plan was made for another size.
+    """
+    if image.size != plan.image_size:
+        raise ValueError(f"plan is for {plan.image_size}, the image has {image.size}")
+    views = []
+    if plan.refine_size is not None:
+        refined = image.resize(plan.refine_size, Image.Resampling.BICUBIC)
+        views = [refined.crop(box) for box in plan.crop_boxes]
+    views.append(image.resize(plan.overview_size, Image.Resampling.BICUBIC))
+    return views
+
+
+def pack_patches(
+    view: Image.Image, patch_size: int, mean: tuple[float, ...], std: tuple[float, ...]
+) -> torch.Tensor:
+    """Normalises one RGB view and cuts it into patches.
+
+    Returns:
+        float32 (rows * columns, 3 * patch_size ** 2), patches row by row, values channel-first.
+    """
+    pixels = np.asarray(view, dtype=np.float32) * np.float32(1 / 255)
+    pixels = (pixels - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
+    height, width, channels = pixels.shape
+    rows, columns = height // patch_size, width // patch_size
+    tiles = pixels.reshape(rows, patch_size, columns, patch_size, channels)
+    tiles = tiles.transpose(0, 2, 4, 1, 3)  # (rows, columns, 3, p, p)
+    return torch.from_numpy(np.ascontiguousarray(tiles).reshape(rows * columns, -1))
+
+
+def pack_views(
+    image: Image.Image, plan: SlicePlan, mean: tuple[float, ...], std: tuple[float, ...]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Turns an RGB image into the packed patches of all its views.
+
+    Returns:
+        ``pixel_values`` float32 (P, 3 * patch_size ** 2), patches of all views one after another;
+        ``view_grids`` int64 (V, 2), the (rows, columns) of each view; P is the sum of the products.
+    """
+    patches = [pack_patches(view, plan.patch_size, mean, std) for view in cut_views(image, plan)]
+    return torch.cat(patches), torch.tensor(plan.view_grids, dtype=torch.long)
+
+
+def unpack_view(
+    patches: torch.Tensor, grid: tuple[int, int], mean: tuple[float, ...], std: tuple[float, ...]
+) -> Image.Image:
+    """Inverse of `pack_patches` up to rounding: the picture that the tower sees.
+
+    Args:
+        patches: (rows * columns, 3 * p * p) of one view.
+        grid: (rows, columns).
+        mean: used when packing.
+        std: used when packing.
+    """
+    rows, columns = grid
+    side = int((patches.shape[1] // 3) ** 0.5)
+    tiles = patches.detach().float().cpu().numpy().reshape(rows, columns, 3, side, side)
+    pixels = tiles.transpose(0, 3, 1, 4, 2).reshape(rows * side, columns * side, 3)
+    pixels = (pixels * np.asarray(std) + np.asarray(mean)) * 255
+    return Image.fromarray(np.clip(np.rint(pixels), 0, 255).astype(np.uint8))

@@ -1,0 +1,138 @@
+"""RoIAlign of a regular grid of windows as two small matrices.
+
+The windows of the spatially constrained resampler tile the map, bilinear sampling is a product of
+one rule per axis, and so are the means over samples: the pooled map is ``A_h @ map @ A_w.T`` with
+matrices that depend on the map's shape only. Exact, differentiable, any dtype, channels last.
+
+Semantics kept from the published operator (``aligned=False``, adaptive sampling): sample
+coordinates are cell indices without a half-cell shift; a window is at least one cell long;
+coordinates beyond the map by more than a cell count as zeros. Coordinate arithmetic is float32 in
+the operator's order.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from math import log, sqrt
+
+import numpy as np
+import torch
+
+# (columns, rows) of pooling bins in a window, in the published order of preference.
+POOL_SHAPES = ((4, 2), (3, 2), (4, 3), (3, 3), (2, 4), (2, 3), (3, 4))
+
+
+@lru_cache(maxsize=4096)
+def pool_bins(rows: int, columns: int) -> tuple[int, int]:
+    """Bins (rows, columns) of each window: the shape nearest to the map's, first one on a tie.
+
+    Example: a 24x24 map has 3x3 bins, 16 rows x 36 columns have 2x4.
+    """
+    target = log(columns / rows)
+    best = min(POOL_SHAPES, key=lambda shape: abs(target - log(shape[0] / shape[1])))
+    return best[1], best[0]
+
+
+def axis_matrix(
+    length: int, window: float, num_windows: int, bins: int, round_to: torch.dtype | None = None
+) -> np.ndarray:
+    """One axis of the pooling.
+
+    Args:
+        length: cells of the map along the axis.
+        window: length of a window in cells (double precision).
+        num_windows: windows along the axis.
+        bins: bins in a window along the axis.
+        round_to: round window corners to this dtype, as published half-precision code does.
+
+    Returns:
+        float32 (num_windows * bins, length); row ``i * bins + p`` averages the samples of bin p of
+        window i.
+    """
+    matrix = np.zeros((num_windows * bins, length), np.float32)
+    f32 = np.float32
+    for i in range(num_windows):
+        corners = torch.tensor([i * window, i * window + window], dtype=torch.float64).float()
+        if round_to is not None:
+            corners = corners.to(round_to).float()
+        start, end = (f32(value) for value in corners.tolist())
+        size = max(end - start, f32(1))
+        bin_size = size / f32(bins)
+        samples = int(np.ceil(size / f32(bins)))
+        for p in range(bins):
+            row = matrix[i * bins + p]
+            for k in range(samples):
+                at = start + f32(p) * bin_size + f32(k + 0.5) * bin_size / f32(samples)
+                _add_sample(row, at, length, f32(1) / f32(samples))
+    return matrix
+
+
+def _add_sample(row: np.ndarray, at: np.float32, length: int, weight: np.float32) -> None:
+    """Adds the two neighbours of a linear sample at coordinate ``at`` to a matrix row."""
+    if at < -1 or at > length:
+        return
+    at = max(at, np.float32(0))
+    low = int(at)
+    if low >= length - 1:
+        row[length - 1] += weight
+        return
+    fraction = at - np.float32(low)
+    row[low] += weight * (np.float32(1) - fraction)
+    row[low + 1] += weight * fraction
+
+
+@lru_cache(maxsize=4096)
+def pooling_matrices(
+    rows: int, columns: int, grid_size: int, round_to: torch.dtype | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both axes for a map of ``rows`` x ``columns`` under ``grid_size ** 2`` windows.
+
+    Returns:
+        float32 CPU (grid_size * bin_rows, rows) and (grid_size * bin_columns, columns).
+    """
+    bin_rows, bin_columns = pool_bins(rows, columns)
+    aspect = columns / rows
+    height = sqrt(rows * columns / grid_size**2 / aspect)
+    width = height * aspect
+    return (
+        torch.from_numpy(axis_matrix(rows, height, grid_size, bin_rows, round_to)),
+        torch.from_numpy(axis_matrix(columns, width, grid_size, bin_columns, round_to)),
+    )
+
+
+@lru_cache(maxsize=1024)
+def _placed_matrices(
+    rows: int,
+    columns: int,
+    grid_size: int,
+    round_to: torch.dtype | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    down, across = pooling_matrices(rows, columns, grid_size, round_to)
+    # A cached tensor must not be an inference tensor, or training after evaluation would fail.
+    with torch.inference_mode(False):
+        return down.to(device, dtype), across.to(device, dtype)
+
+
+def pool_windows(
+    maps: torch.Tensor, grid_size: int, round_to: torch.dtype | None = None
+) -> torch.Tensor:
+    """Pools each window of each map.
+
+    Args:
+        maps: (n, rows, columns, C).
+        grid_size: windows along each axis.
+        round_to: see `axis_matrix`.
+
+    Returns:
+        (n, grid_size ** 2, bins, C): windows row by row, bins of a window row by row.
+    """
+    count, rows, columns, width = maps.shape
+    down, across = _placed_matrices(rows, columns, grid_size, round_to, maps.dtype, maps.device)
+    pooled = torch.matmul(down, maps.reshape(count, rows, columns * width))
+    pooled = torch.matmul(across, pooled.reshape(count * down.shape[0], columns, width))
+    bin_rows, bin_columns = down.shape[0] // grid_size, across.shape[0] // grid_size
+    pooled = pooled.reshape(count, grid_size, bin_rows, grid_size, bin_columns, width)
+    pooled = pooled.transpose(2, 3)  # (n, g, g, bin rows, bin columns, C)
+    return pooled.reshape(count, grid_size**2, bin_rows * bin_columns, width)

@@ -1,0 +1,192 @@
+"""The spatially constrained resampler of LLaVA-UHD (published as ``adapt_spatial_resampler``).
+
+A fixed grid of learned queries; each query attends to its own window of the view's feature map.
+Parameter names, norm epsilon and window arithmetic are those of the published checkpoints.
+"""
+
+from __future__ import annotations
+
+from math import isqrt
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import initialization as init
+
+from llava_uhd.config.model import LlavaUHDConfig
+from llava_uhd.images.tokens import fixed_queries
+from llava_uhd.projectors.pooling import pool_windows
+from llava_uhd.projectors.registry import PROJECTORS
+from llava_uhd.vision.position import ResampledRows
+
+Grid = tuple[int, int]
+
+
+def sincos_table(side: int, width: int) -> torch.Tensor:
+    """Analytic 2-D position table, the initial value of the learned one.
+
+    The first half of the channels encodes the column, the second the row; each half is the sines,
+    then the cosines of ``position / 10000 ** (k / (width / 4))``.
+
+    Args:
+        side: of the square grid.
+        width: channels, divisible by 4.
+
+    Returns:
+        float32 (side * side, width), row by row.
+    """
+    quarter = width // 4
+    omega = 1.0 / 10000 ** (torch.arange(quarter, dtype=torch.float64) / quarter)
+    angles = torch.arange(side, dtype=torch.float64)[:, None] * omega  # (side, quarter)
+    one_axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # (side, width / 2)
+    columns = one_axis.repeat(side, 1)
+    rows = one_axis.repeat_interleave(side, 0)
+    return torch.cat([columns, rows], dim=1).float()
+
+
+class WindowAttention(nn.Module):
+    """Multi-head attention of one query per window over the window's pooled cells.
+
+    Keys and values are projected on the map and pooled afterwards: the projections are linear, so
+    this equals pooling first, with fewer rows to project. The biases are added after pooling,
+    because samples beyond a small map count as zeros.
+
+    Args:
+        width: channels of queries, keys, values and output.
+        num_heads: attention heads; divides ``width``.
+        grid_size: windows along each axis.
+        round_boxes: round window corners to the feature dtype.
+    """
+
+    def __init__(self, width: int, num_heads: int, grid_size: int, round_boxes: bool) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.grid_size = grid_size
+        self.round_boxes = round_boxes
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.empty(3 * width))
+        self.out_proj = nn.Linear(width, width)
+
+    def init_weights(self) -> None:
+        """Xavier input projections, as in the published module."""
+        init.xavier_uniform_(self.in_proj_weight)
+        init.zeros_(self.in_proj_bias)
+
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, grids: list[Grid]
+    ) -> torch.Tensor:
+        """Attends in all views of a pack.
+
+        Args:
+            query: (Q, D), one per window, Q = grid_size ** 2.
+            key: (P, D) on the cells of all views, one view after another.
+            value: (P, D) likewise.
+            grids: (rows, columns) of each view.
+
+        Returns:
+            (V, Q, D).
+        """
+        w_q, w_k, w_v = self.in_proj_weight.chunk(3)
+        b_q, b_k, b_v = self.in_proj_bias.chunk(3)
+        query = F.linear(query, w_q, b_q)  # (Q, D)
+        sizes = [rows * columns for rows, columns in grids]
+        keys = F.linear(key, w_k).split(sizes)
+        values = F.linear(value, w_v).split(sizes)
+        outputs: list[torch.Tensor] = [query] * len(grids)
+        for grid in dict.fromkeys(grids):
+            members = [index for index, other in enumerate(grids) if other == grid]
+            pooled_key = self._pool([keys[index] for index in members], grid) + b_k
+            pooled_value = self._pool([values[index] for index in members], grid) + b_v
+            attended = self._attend(query, pooled_key, pooled_value)  # (n, Q, D)
+            for index, view in zip(members, attended.unbind(), strict=True):
+                outputs[index] = view
+        return self.out_proj(torch.stack(outputs))
+
+    def _pool(self, views: list[torch.Tensor], grid: Grid) -> torch.Tensor:
+        """Views of one shape to (n, Q, bins, D)."""
+        maps = torch.stack(views).unflatten(1, grid)  # (n, rows, columns, D)
+        return pool_windows(maps, self.grid_size, maps.dtype if self.round_boxes else None)
+
+    def _attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> torch.Tensor:
+        """(Q, D) against (n, Q, bins, D): (n, Q, D)."""
+        heads = self.num_heads
+        query = query.unflatten(-1, (heads, -1))  # (Q, H, d)
+        key = key.unflatten(-1, (heads, -1))  # (n, Q, bins, H, d)
+        value = value.unflatten(-1, (heads, -1))
+        scale = query.shape[-1] ** -0.5
+        scores = (key * (query * scale).unsqueeze(1)).sum(-1)  # (n, Q, bins, H)
+        weights = scores.softmax(2, dtype=torch.float32).to(value.dtype)
+        return (weights.unsqueeze(-1) * value).sum(2).flatten(-2)
+
+
+@PROJECTORS.register("spatial_resampler")
+class SpatialResampler(nn.Module):
+    """``num_queries`` tokens for every view, whatever its shape.
+
+    Args:
+        config: of the model; reads ``projector``, the tower's width and the language model's.
+
+    Raises:
+        UserError: ``num_queries`` is not a square.
+        ValueError: the width does not fit the heads or the position table.
+    """
+
+    def __init__(self, config: LlavaUHDConfig) -> None:
+        super().__init__()
+        options, width = config.projector, config.hidden_size
+        kv_width = config.vision_config.hidden_size
+        num_heads = options.num_heads or max(width // 128, 1)
+        if width % num_heads or width % 4:
+            raise ValueError(
+                f"projector width {width} must be divisible by its {num_heads} heads and by 4"
+            )
+        num_queries = fixed_queries(options, 1, 1)
+        self.grid_size = isqrt(num_queries)
+        eps = options.layer_norm_eps
+        self.pos_embed = nn.Parameter(torch.empty(num_queries, width))
+        self.query = nn.Parameter(torch.empty(num_queries, width))
+        self.kv_proj: nn.Module = (
+            nn.Linear(kv_width, width, bias=False) if kv_width != width else nn.Identity()
+        )
+        self.attn = WindowAttention(width, num_heads, self.grid_size, options.round_boxes)
+        self.ln_q = nn.LayerNorm(width, eps=eps)
+        self.ln_kv = nn.LayerNorm(width, eps=eps)
+        self.ln_post = nn.LayerNorm(width, eps=eps)
+        self.proj = nn.Parameter(torch.empty(width, width))
+        self._positions = ResampledRows()
+
+    def init_weights(self) -> None:
+        """Published initial values of the parameters held directly by this module."""
+        width = self.proj.shape[0]
+        init.copy_(self.pos_embed, sincos_table(self.grid_size, width))
+        init.trunc_normal_(self.query, std=0.02)
+        init.normal_(self.proj, std=width**-0.5)
+
+    def forward(
+        self,
+        features: torch.Tensor,
+        view_grids: torch.Tensor,
+        pixel_values: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Resamples all views in one call.
+
+        Args:
+            features: (P, C) patch features of all views, one after another.
+            view_grids: (V, 2) integer (rows, columns).
+            pixel_values: unused; other projectors read the pixels.
+
+        Returns:
+            (V * num_queries, D): tokens of each view in row order of the query grid.
+        """
+        grids = [(int(rows), int(columns)) for rows, columns in view_grids.tolist()]
+        value = self.ln_kv(self.kv_proj(features))  # (P, D)
+        positions = {
+            grid: self._positions(self.pos_embed, grid).to(value.dtype)
+            for grid in dict.fromkeys(grids)
+        }
+        key = value + torch.cat([positions[grid] for grid in grids])
+        query = self.ln_q(self.query) + self.pos_embed.to(value.dtype)  # (Q, D)
+        tokens = self.attn(query, key, value, grids)  # (V, Q, D)
+        return (self.ln_post(tokens) @ self.proj).flatten(0, 1)
