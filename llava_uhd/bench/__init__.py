@@ -1,0 +1,1 @@
+"""Floor 6: measurements, side by side in one run."""

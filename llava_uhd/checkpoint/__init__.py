@@ -1,0 +1,1 @@
+"""Floor 5: reading and writing checkpoints, ours and the published layouts."""

@@ -1,0 +1,1 @@
+"""Floor 4: from records on disk to padded batches."""

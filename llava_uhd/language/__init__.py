@@ -1,0 +1,1 @@
+"""Floor 2: what acts between the layers of the language model."""

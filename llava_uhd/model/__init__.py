@@ -1,0 +1,1 @@
+"""Floor 4: tower, projector and language model as one model."""

@@ -1,0 +1,1 @@
+"""Floor 6: training, `python -m llava_uhd.train RECIPE`."""

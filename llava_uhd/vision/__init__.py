@@ -1,0 +1,1 @@
+"""Floor 2: vision towers over packed views of any size."""
