@@ -1,0 +1,197 @@
+"""Conversation templates: turns to spans of text, each marked as learned or not.
+
+One template serves training (spans, from which labels follow), prompting (the same spans without
+the last answer) and transformers' own chat interface (the Jinja form, saved with the processor);
+the tests hold the forms equal. Adding a template is one class or instance and one registration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from llava_uhd.errors import UserError
+from llava_uhd.registry import Registry
+
+IMAGE_MARKER = "<image>"
+
+
+class Turn(NamedTuple):
+    """One turn of a conversation.
+
+    Attributes:
+        role: "human" or "gpt".
+        text: what is said; each `IMAGE_MARKER` stands for one image.
+    """
+
+    role: str
+    text: str
+
+
+class Span(NamedTuple):
+    """A piece of rendered text.
+
+    Attributes:
+        text: rendered.
+        learn: whether its tokens are training targets.
+    """
+
+    text: str
+    learn: bool = False
+
+
+class Template(Protocol):
+    """What a registered template offers.
+
+    Attributes:
+        chat_template: Jinja source for ``apply_chat_template``.
+        stop_strings: texts that end an answer beside the end-of-sequence token.
+    """
+
+    chat_template: str
+    stop_strings: tuple[str, ...]
+
+    def spans(self, turns: Sequence[Turn], *, generate: bool = False) -> list[Span]:
+        """Renders a conversation.
+
+        Args:
+            turns: human and gpt in alternation, human first.
+            generate: the last turn is human and the text ends where the answer begins.
+
+        Raises:
+            UserError: the turns do not fit the template.
+        """
+        ...
+
+
+TEMPLATES: Registry[Template] = Registry("template")
+
+# A content list becomes one text: each image is a marker on its own line, as in training.
+_CONTENT_MACRO = """\
+{%- macro render(content) -%}
+{%- if content is string -%}{{ content }}
+{%- else -%}
+{%- set ns = namespace(text='') -%}
+{%- for item in content -%}
+{%- if item['type'] == 'image' -%}{%- set ns.text = ns.text + '<image>\\n' -%}
+{%- elif item['type'] == 'text' -%}{%- set ns.text = ns.text + item['text'] -%}
+{%- endif -%}
+{%- endfor -%}
+{{ ns.text | trim }}
+{%- endif -%}
+{%- endmacro -%}
+"""
+
+
+def check_alternation(turns: Sequence[Turn], *, generate: bool) -> None:
+    """Raises UserError unless human and gpt alternate, human first, ending as asked."""
+    for index, turn in enumerate(turns):
+        expected = "human" if index % 2 == 0 else "gpt"
+        if turn.role != expected:
+            raise UserError(f"turn {index} is from '{turn.role}', expected '{expected}'")
+    last = "human" if generate else "gpt"
+    if not turns or turns[-1].role != last:
+        raise UserError(f"the conversation must end with a '{last}' turn")
+
+
+@dataclass(frozen=True)
+class PlainTemplate:
+    """First-stage captioning: the images, the caption and a newline; the question is discarded.
+
+    Caption and newline are learned; there is no end-of-sequence token (as published).
+    """
+
+    stop_strings: tuple[str, ...] = ("\n",)
+    chat_template: str = (
+        "{%- for message in messages -%}"
+        "{%- if message['role'] == 'assistant' -%}"
+        "{{ (message['content'] if message['content'] is string"
+        " else message['content'] | map(attribute='text') | join('')) + '\\n' }}"
+        "{%- elif message['role'] == 'user' -%}"
+        "{%- if message['content'] is string -%}"
+        "{{ '<image>' * (message['content'].split('<image>') | length - 1) }}"
+        "{%- else -%}"
+        "{%- for item in message['content'] if item['type'] == 'image' -%}<image>{%- endfor -%}"
+        "{%- endif -%}"
+        "{%- endif -%}"
+        "{%- endfor -%}"
+    )
+
+    def spans(self, turns: Sequence[Turn], *, generate: bool = False) -> list[Span]:
+        """See `Template.spans`; exactly one question with at least one image."""
+        check_alternation(turns, generate=generate)
+        images = turns[0].text.count(IMAGE_MARKER)
+        if len(turns) > 2 or images == 0:
+            raise UserError(
+                "the plain template takes one human turn with <image> and one gpt turn, "
+                f"got {len(turns)} turns with {images} <image>"
+            )
+        spans = [Span(IMAGE_MARKER * images)]
+        if not generate:
+            spans.append(Span(turns[1].text + "\n", learn=True))
+        return spans
+
+
+@dataclass(frozen=True)
+class TwoSeparatorTemplate:
+    """System sentence, then ``USER: question ASSISTANT: answer</s>`` again and again.
+
+    The space after ``ASSISTANT:``, the answer and the end token are learned: with a Llama
+    tokenizer that is the answer's tokens and ``</s>``, exactly as published, under both the legacy
+    and the current treatment of the word-start mark after ``</s>``.
+
+    Attributes:
+        system: sentence at the start.
+        user: name of the asking role.
+        assistant: name of the answering role.
+        end: closes an answer; the tokenizer's end-of-sequence token.
+    """
+
+    system: str
+    user: str = "USER"
+    assistant: str = "ASSISTANT"
+    end: str = "</s>"
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """The end token as text."""
+        return (self.end,)
+
+    def spans(self, turns: Sequence[Turn], *, generate: bool = False) -> list[Span]:
+        """See `Template.spans`."""
+        check_alternation(turns, generate=generate)
+        spans = [Span(self.system + " ")]
+        for turn in turns:
+            if turn.role == "human":
+                spans.append(Span(f"{self.user}: {turn.text} {self.assistant}:"))
+            else:
+                spans.append(Span(f" {turn.text}{self.end}", learn=True))
+        return spans
+
+    @property
+    def chat_template(self) -> str:
+        """Jinja form; a leading system message replaces the system sentence."""
+        return _CONTENT_MACRO + (
+            "{%- if messages and messages[0]['role'] == 'system' -%}"
+            "{{ render(messages[0]['content']) + ' ' }}"
+            "{%- else -%}{{ " + repr(self.system + " ") + " }}{%- endif -%}"
+            "{%- for message in messages -%}"
+            "{%- if message['role'] == 'user' -%}"
+            f"{{{{ '{self.user}: ' + render(message['content']) + ' ' }}}}"
+            "{%- elif message['role'] == 'assistant' -%}"
+            f"{{{{ '{self.assistant}: ' + render(message['content']) + '{self.end}' }}}}"
+            "{%- endif -%}"
+            "{%- endfor -%}"
+            f"{{%- if add_generation_prompt -%}}{self.assistant}:{{%- endif -%}}"
+        )
+
+
+TEMPLATES.add("plain", PlainTemplate())
+TEMPLATES.add(
+    "v1",
+    TwoSeparatorTemplate(
+        "A chat between a curious user and an artificial intelligence assistant. "
+        "The assistant gives helpful, detailed, and polite answers to the user's questions."
+    ),
+)
