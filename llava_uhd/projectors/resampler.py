@@ -67,7 +67,7 @@ class WindowAttention(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.empty(3 * width))
         self.out_proj = nn.Linear(width, width)
 
-    def init_weights(self) -> None:
+    def reset_weights(self) -> None:
         """Xavier input projections, as in the published module."""
         init.xavier_uniform_(self.in_proj_weight)
         init.zeros_(self.in_proj_bias)
@@ -157,7 +157,7 @@ class SpatialResampler(nn.Module):
         self.proj = nn.Parameter(torch.empty(width, width))
         self._positions = ResampledRows()
 
-    def init_weights(self) -> None:
+    def reset_weights(self) -> None:
         """Published initial values of the parameters held directly by this module."""
         width = self.proj.shape[0]
         init.copy_(self.pos_embed, sincos_table(self.grid_size, width))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import initialization as init
 
 
 def resample_positions(table: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
@@ -74,6 +75,10 @@ class PositionTable(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_prefix + num_patches, width))
         self._rows = ResampledRows(num_prefix)
+
+    def reset_weights(self) -> None:
+        """Normal rows."""
+        init.normal_(self.weight, std=0.02)
 
     def forward(self, grids: list[tuple[int, int]]) -> list[torch.Tensor]:
         """Returns the rows for each grid, prefix rows first: ``(num_prefix + h * w, C)`` each."""

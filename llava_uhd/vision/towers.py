@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
+from transformers import initialization as init
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from llava_uhd.errors import UserError
@@ -72,6 +73,12 @@ class PatchEmbedding(nn.Module):
         self.weight = nn.Parameter(torch.empty(width, config.num_channels, side, side))
         self.bias = nn.Parameter(torch.empty(width)) if bias else None
 
+    def reset_weights(self) -> None:
+        """Normal weights, zero bias."""
+        init.normal_(self.weight, std=0.02)
+        if self.bias is not None:
+            init.zeros_(self.bias)
+
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(P, 3 * p * p) to (P, C)."""
         return nn.functional.linear(pixel_values, self.weight.flatten(1), self.bias)
@@ -87,6 +94,11 @@ class ViewEmbeddings(nn.Module):
         self.class_embedding = nn.Parameter(torch.empty(width)) if spec.class_token else None
         self.patch_embedding = PatchEmbedding(config, spec.patch_bias)
         self.position_embedding = PositionTable(int(spec.class_token), num_patches, width)
+
+    def reset_weights(self) -> None:
+        """Class token scaled as in CLIP."""
+        if self.class_embedding is not None:
+            init.normal_(self.class_embedding, std=self.class_embedding.shape[0] ** -0.5)
 
     def forward(
         self, pixel_values: torch.Tensor, grids: list[tuple[int, int]], order: list[int]

@@ -1,0 +1,286 @@
+"""Loading a model and its processor from any supported folder."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
+
+from llava_uhd.checkpoint.manifest import read_manifest
+from llava_uhd.checkpoint.parts import (
+    find_projector,
+    read_language_config,
+    read_language_model,
+    read_projector,
+    read_tokenizer,
+    read_tower,
+    read_tower_config,
+)
+from llava_uhd.checkpoint.published import (
+    VISION_PREFIX,
+    Layout,
+    find_layout,
+    find_tower,
+    our_key,
+    tower_config_by_name,
+    tower_depth,
+)
+from llava_uhd.checkpoint.sources import resolve_folder
+from llava_uhd.checkpoint.weights import (
+    Tensors,
+    check_state,
+    read_folder,
+    read_json,
+    weight_files,
+)
+from llava_uhd.config.model import LlavaUHDConfig
+from llava_uhd.errors import UserError
+from llava_uhd.model.generation import tidy_generation_config
+from llava_uhd.model.modeling import LlavaUHDForConditionalGeneration
+from llava_uhd.text.processor import LlavaUHDProcessor
+
+Loaded = tuple[LlavaUHDForConditionalGeneration, LlavaUHDProcessor]
+
+
+def load_pretrained(
+    path: str | Path,
+    base: str | Path | None = None,
+    vision_tower: str | Path | None = None,
+    dtype: torch.dtype | str | None = None,
+    device: str | torch.device | None = None,
+    quantization: str | None = None,
+    attn_implementation: str | None = None,
+) -> Loaded:
+    """Loads a model and its processor.
+
+    Args:
+        path: folder or hub id: one of ours, a published LLaVA-UHD v1 checkpoint, or a folder with
+            only a projector (then the language model comes from ``base``).
+        base: language model of a projector-only folder.
+        vision_tower: folder or hub id whose tower replaces the checkpoint's own.
+        dtype: of the parameters; None means float32.
+        device: where to put the model; None leaves it on the CPU.
+        quantization: "4bit" or "8bit" (bitsandbytes; the language model's linear layers only).
+        attn_implementation: of the language model ("sdpa", "eager", "flash_attention_2", ...).
+
+    Returns:
+        The model in evaluation mode, and its processor.
+
+    Raises:
+        UserError: missing files, unknown layout, or weights that do not fit; one line each.
+    """
+    folder = resolve_folder(path, "model")
+    config = read_json(folder / "config.json")
+    if config.get("model_type") == "llava_uhd":
+        ours, state, processor = _open_ours(folder, base, vision_tower)
+    else:
+        layout = find_layout(config)
+        if layout is None:
+            raise UserError(
+                f"{folder}/config.json has model_type '{config.get('model_type')}' and projector "
+                f"'{config.get('mm_projector_type')}': not a LLaVA-UHD model that can be loaded here"
+            )
+        ours, state, processor = _open_published(folder, config, layout, base, vision_tower)
+    model = build_model(
+        ours,
+        state,
+        what=f"checkpoint {folder}",
+        dtype=dtype,
+        device=device,
+        quantization=quantization,
+        attn_implementation=attn_implementation,
+    )
+    _set_generation(model, processor.tokenizer)
+    return model.eval(), processor
+
+
+def build_model(
+    config: LlavaUHDConfig,
+    state: Tensors,
+    *,
+    what: str,
+    dtype: torch.dtype | str | None = None,
+    device: str | torch.device | None = None,
+    quantization: str | None = None,
+    attn_implementation: str | None = None,
+    may_miss: tuple[str, ...] = (),
+) -> LlavaUHDForConditionalGeneration:
+    """Builds a model and fills it from tensors under its own names.
+
+    Args:
+        config: of the model.
+        state: every parameter except those under ``may_miss``, which get their initial values.
+        what: named in errors.
+        dtype: see `load_pretrained`.
+        device: see `load_pretrained`.
+        quantization: see `load_pretrained`.
+        attn_implementation: see `load_pretrained`.
+        may_miss: prefixes of parameters that a new model initialises.
+
+    Raises:
+        UserError: the tensors do not fit the configuration.
+    """
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        skeleton = LlavaUHDForConditionalGeneration(config)
+    check_state(skeleton, state, what, may_miss)
+    options: dict[str, Any] = {"dtype": parse_dtype(dtype)}
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
+    if quantization is not None:
+        options["quantization_config"] = _quantization_config(quantization, options["dtype"])
+        options["device_map"] = {"": str(device or "cpu")}
+    model, report = LlavaUHDForConditionalGeneration.from_pretrained(
+        None, config=config, state_dict=state, output_loading_info=True, **options
+    )
+    unexpected = sorted(report["unexpected_keys"])
+    missing = [key for key in report["missing_keys"] if not key.startswith(may_miss or ("\0",))]
+    if unexpected or missing:
+        raise UserError(f"{what}: not loaded {missing[:8]}, not used {unexpected[:8]}")
+    if device is not None and quantization is None:
+        model = model.to(device)
+    return model
+
+
+def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype:
+    """A torch dtype from a dtype, its name, or None (float32).
+
+    Raises:
+        UserError: unknown name.
+    """
+    if dtype is None:
+        return torch.float32
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    short = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}.get(dtype, dtype)
+    found = getattr(torch, short, None)
+    if short not in ("float32", "bfloat16", "float16", "float64") or found is None:
+        raise UserError(f"dtype '{dtype}' is not one of float32, bfloat16, float16")
+    return found
+
+
+def _quantization_config(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig:
+    # Only the language model's own linear layers are quantised: tower, projector and head stay.
+    skipped = ["vision_tower", "projector", "lm_head"]
+    if quantization == "4bit":
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=skipped,
+        )
+    if quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
+    raise UserError(f"quantization '{quantization}' is not one of 4bit, 8bit")
+
+
+def _open_ours(
+    folder: Path, base: str | Path | None, vision_tower: str | Path | None
+) -> tuple[LlavaUHDConfig, Tensors, LlavaUHDProcessor]:
+    config = LlavaUHDConfig.from_pretrained(folder)
+    config.dtype = None
+    try:
+        processor = LlavaUHDProcessor.from_pretrained(folder)
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{folder} has no usable processor ({error})") from error
+    if weight_files(folder):
+        state = read_folder(folder)
+    else:
+        recorded = read_manifest(folder)
+        language_model = base or recorded.get("language_model")
+        tower = vision_tower or recorded.get("vision_tower")
+        if not language_model or not tower:
+            raise UserError(
+                f"{folder} holds a projector only and does not say which language model and tower "
+                "it belongs to: pass base and vision_tower"
+            )
+        state = _from_base(config, language_model, tower) | read_projector(folder, config)
+    if vision_tower is not None:
+        state = _replace_tower(config, state, vision_tower)
+    return config, state, processor
+
+
+def _open_published(
+    folder: Path,
+    values: dict[str, Any],
+    layout: Layout,
+    base: str | Path | None,
+    vision_tower: str | Path | None,
+) -> tuple[LlavaUHDConfig, Tensors, LlavaUHDProcessor]:
+    """Configuration, weights under our names, and processor of a published folder."""
+    weights = read_folder(folder) if weight_files(folder) else {}
+    if vision_tower is not None:
+        tower: Path | None = resolve_folder(vision_tower, "vision tower")
+    else:
+        tower = find_tower(values, folder)
+    vision = read_tower_config(tower) if tower else tower_config_by_name(values)
+    if vision is None:
+        raise UserError(
+            f"{folder}: its vision tower '{values.get('mm_vision_tower')}' is not here: pass "
+            "vision_tower=FOLDER (a CLIP folder of transformers)"
+        )
+    config = layout.make_config(values, vision)
+    depth = tower_depth(config)
+    state: Tensors = {}
+    for key, tensor in weights.items():
+        ours = our_key(layout, key, depth)
+        if ours is not None:
+            state[ours] = tensor
+    if not weights:
+        if base is None:
+            file = find_projector(folder).name
+            raise UserError(
+                f"{folder} holds only {file}: pass base=FOLDER, the language model it was trained "
+                f"with (recorded: '{values.get('_name_or_path')}')"
+            )
+        state = read_language_model(resolve_folder(base, "language model"))
+        state |= read_projector(folder, config)
+    if vision_tower is not None or not any(key.startswith(VISION_PREFIX) for key in weights):
+        if tower is None:
+            raise UserError(
+                f"{folder} has no vision weights and '{values.get('mm_vision_tower')}' is not here: "
+                "pass vision_tower=FOLDER"
+            )
+        state = _replace_tower(config, state, tower)
+    source = folder if _has_tokenizer(folder) or base is None else Path(base)
+    processor = LlavaUHDProcessor.from_parts(read_tokenizer(source), config)
+    return config, state, processor
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+
+
+def _from_base(config: LlavaUHDConfig, base: str | Path, tower: str | Path) -> Tensors:
+    folder = resolve_folder(base, "language model")
+    width = read_language_config(folder).hidden_size
+    if width != config.hidden_size:
+        raise UserError(
+            f"language model {folder} has width {width}, the projector was trained for "
+            f"{config.hidden_size}"
+        )
+    return _replace_tower(config, read_language_model(folder), tower)
+
+
+def _replace_tower(config: LlavaUHDConfig, state: Tensors, tower: str | Path) -> Tensors:
+    folder = resolve_folder(tower, "vision tower")
+    kept = {key: value for key, value in state.items() if not key.startswith("vision_tower.")}
+    return kept | read_tower(folder, read_tower_config(folder), config.select_layer)
+
+
+def _set_generation(
+    model: LlavaUHDForConditionalGeneration, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Stop and padding ids from the tokenizer; sampling fields that contradict greedy dropped."""
+    settings = model.generation_config
+    if settings is None:
+        return
+    settings.bos_token_id = tokenizer.bos_token_id
+    settings.pad_token_id = tokenizer.pad_token_id
+    if settings.eos_token_id is None:
+        settings.eos_token_id = tokenizer.eos_token_id
+    tidy_generation_config(settings)

@@ -1,0 +1,190 @@
+"""The parts of a model as they lie on disk: language model, vision tower, projector."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
+
+from llava_uhd.checkpoint.weights import Tensors, read_folder, read_json, read_tensors
+from llava_uhd.config.model import LlavaUHDConfig, ProjectorConfig
+from llava_uhd.errors import UserError
+from llava_uhd.vision.towers import TOWERS, num_built_layers
+
+PROJECTOR_FILE = "projector.safetensors"
+PUBLISHED_PROJECTOR_FILE = "mm_projector.bin"
+_LAYER = re.compile(r"encoder\.layers\.(\d+)\.")
+
+
+def tower_key(key: str, depth: int) -> str | None:
+    """Our name of a transformers vision-tower weight, or None if the tower does not use it.
+
+    Args:
+        key: without the ``vision_model.`` prefix, for instance ``encoder.layers.0.mlp.fc1.weight``.
+        depth: layers that are built; later ones are not used, nor is the norm behind them.
+    """
+    if key.startswith("post_layernorm.") or key.startswith("head.") or key.endswith("position_ids"):
+        return None
+    layer = _LAYER.match(key)
+    if layer and int(layer.group(1)) >= depth:
+        return None
+    return key.removeprefix("encoder.")
+
+
+def read_tower_config(folder: Path) -> PreTrainedConfig:
+    """Vision configuration of a transformers folder (a tower alone, or a whole CLIP model).
+
+    Raises:
+        UserError: not a folder of a known tower.
+    """
+    values = read_json(folder / "config.json")
+    if isinstance(values.get("vision_config"), dict):
+        values = dict(values["vision_config"], model_type=f"{values.get('model_type')}_vision_model")
+    model_type = str(values.pop("model_type", "none"))
+    if model_type not in TOWERS:
+        raise UserError(
+            f"vision tower {folder} is a '{model_type}', not one of {', '.join(TOWERS.names())}"
+        )
+    for key in ("torch_dtype", "dtype", "architectures"):
+        values.pop(key, None)
+    return AutoConfig.for_model(model_type, **values)
+
+
+def read_tower(folder: Path, config: PreTrainedConfig, select_layer: int) -> Tensors:
+    """Weights of a tower folder under the model's names (``vision_tower.*``)."""
+    depth = num_built_layers(config.num_hidden_layers, select_layer)
+    state: Tensors = {}
+    for key, tensor in read_folder(folder).items():
+        if key.startswith(("text_model.", "logit_", "text_projection", "visual_projection")):
+            continue
+        ours = tower_key(key.removeprefix("vision_model."), depth)
+        if ours is not None:
+            state[f"vision_tower.{ours}"] = tensor
+    return state
+
+
+def read_language_config(folder: Path) -> PreTrainedConfig:
+    """Configuration of a language-model folder, without its storage dtype."""
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"language model {folder}: its config.json is not usable ({error})") from error
+    config.dtype = None
+    return config
+
+
+def read_language_model(folder: Path) -> Tensors:
+    """Weights of a causal-language-model folder under the model's names (``language_model.*``)."""
+    return {
+        f"language_model.{key}": tensor
+        for key, tensor in read_folder(folder).items()
+        if not key.endswith("rotary_emb.inv_freq")
+    }
+
+
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Fast tokenizer of a folder, with the published padding token.
+
+    Raises:
+        UserError: no usable tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"{folder} has no usable tokenizer ({reason}): tokenizer.json or tokenizer.model and "
+            "tokenizer_config.json must lie there"
+        ) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    return tokenizer
+
+
+def projector_facts(config: LlavaUHDConfig) -> dict[str, Any]:
+    """What a projector file must agree on with the model it is loaded into."""
+    options: ProjectorConfig = config.projector
+    return {
+        "type": options.type,
+        "num_queries": options.num_queries,
+        "vision_width": config.vision_config.hidden_size,
+        "width": config.hidden_size,
+        "select_layer": config.select_layer,
+    }
+
+
+def save_projector(path: Path, state: Tensors, config: LlavaUHDConfig) -> None:
+    """Writes a projector with the facts that a later load verifies.
+
+    Args:
+        path: of the ``.safetensors`` file.
+        state: tensors under ``projector.*`` or bare names.
+        config: of the model.
+    """
+    tensors = {
+        key.removeprefix("projector."): tensor.detach().cpu().contiguous()
+        for key, tensor in state.items()
+    }
+    facts = {
+        "format": "pt",
+        "llava_uhd_projector": json.dumps(projector_facts(config)),
+        "projector_config": json.dumps(dataclasses.asdict(config.projector)),
+    }
+    save_file(tensors, path, metadata=facts)
+
+
+def find_projector(path: Path) -> Path:
+    """Projector file of a first-stage output folder, or the file itself.
+
+    Raises:
+        UserError: there is none.
+    """
+    if path.is_file():
+        return path
+    for name in (PROJECTOR_FILE, PUBLISHED_PROJECTOR_FILE):
+        if (path / name).is_file():
+            return path / name
+    raise UserError(
+        f"{path} has no projector ({PROJECTOR_FILE} or {PUBLISHED_PROJECTOR_FILE}): run the first "
+        "stage (bash pretrain.sh), or set model.projector_file to its output folder"
+    )
+
+
+def read_projector(path: Path, config: LlavaUHDConfig) -> Tensors:
+    """Weights of a projector file, ours or published, under the model's names.
+
+    Raises:
+        UserError: the file was made for another projector, tower or language model.
+    """
+    file = find_projector(path)
+    if file.suffix == ".safetensors":
+        with safe_open(file, framework="pt") as opened:
+            facts = json.loads((opened.metadata() or {}).get("llava_uhd_projector", "{}"))
+        expected = projector_facts(config)
+        wrong = [
+            f"{key} {value} (the model has {expected[key]})"
+            for key, value in facts.items()
+            if key in expected and expected[key] != value
+        ]
+        if wrong:
+            raise UserError(f"projector {file} was trained for {', '.join(wrong)}")
+    state = {}
+    for key, tensor in read_tensors(file):
+        # Published files: model.mm_projector.<name>.
+        name = key.split("mm_projector.")[-1].removeprefix("projector.")
+        state[f"projector.{name}"] = tensor
+    return state
+
+
+def cast(state: Tensors, dtype: torch.dtype) -> Tensors:
+    """Floating tensors of a state in ``dtype``."""
+    return {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}

@@ -1,0 +1,64 @@
+"""Running a causal language model on embeddings, with logits only where they are needed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+IGNORE_INDEX = -100
+
+
+def decode(language_model: PreTrainedModel, **inputs: Any) -> BaseModelOutputWithPast:
+    """Runs the decoder without its head.
+
+    Args:
+        language_model: any causal language model of transformers.
+        **inputs: of its decoder: ``inputs_embeds`` (B, T, D), ``attention_mask``,
+            ``position_ids``, ``past_key_values``, ``use_cache``.
+
+    Returns:
+        The decoder's output; ``last_hidden_state`` is (B, T, D).
+    """
+    return language_model.get_decoder()(**inputs)
+
+
+def supervised_loss(
+    head: nn.Module,
+    hidden: torch.Tensor,
+    labels: torch.Tensor,
+    num_items: torch.Tensor | int | None = None,
+) -> torch.Tensor:
+    """Next-token cross entropy, with logits computed at learned positions only.
+
+    Args:
+        head: hidden states to logits.
+        hidden: (B, T, D).
+        labels: (B, T), `IGNORE_INDEX` where nothing is learned.
+        num_items: learned tokens of the whole optimizer step; None means those of this batch.
+
+    Returns:
+        float32 scalar: sum over learned tokens divided by ``num_items``; zero, still connected to
+        ``hidden``, if nothing is learned.
+    """
+    targets = labels[:, 1:]
+    learned = targets != IGNORE_INDEX
+    rows = hidden[:, :-1][learned]  # (N, D)
+    if rows.shape[0] == 0:
+        return hidden.float().sum() * 0.0
+    losses = F.cross_entropy(head(rows).float(), targets[learned], reduction="sum")
+    if num_items is None:
+        return losses / rows.shape[0]
+    return losses / num_items
+
+
+def logits_at(
+    head: nn.Module, hidden: torch.Tensor, keep: int | torch.Tensor
+) -> torch.Tensor:
+    """Logits of the last ``keep`` positions (0: all), or of the positions in a 1-D index."""
+    positions = slice(-keep, None) if isinstance(keep, int) and keep > 0 else slice(None)
+    return head(hidden[:, keep if isinstance(keep, torch.Tensor) else positions])
