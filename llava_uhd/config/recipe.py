@@ -1,0 +1,236 @@
+"""Recipes: YAML files, their bases, the command line on top, and one typed result.
+
+A recipe file names its ``base`` (or several) and holds only what differs. Layers are put on each
+other key by key: bases first, then the file, then the shrinking overlay of ``--debug``, then the
+command line. In a layer, null takes a key back to its default.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from llava_uhd.config.aliases import ALIASES, Context, Inert, apply_alias
+from llava_uhd.config.schema import Flat, assign, build, clear, flatten, unknown_key
+from llava_uhd.config.training import Recipe, recipe_keys, training_argument_types
+from llava_uhd.config.typed import Word, load_yaml, parse_scalar
+from llava_uhd.errors import UserError
+from llava_uhd.registry import nearest_hint
+
+logger = logging.getLogger(__name__)
+
+RECIPES_VARIABLE = "LLAVA_UHD_RECIPES"
+DEBUG_OVERLAY = "_base/debug"
+
+# A layer that sets the key on the left, and not those on the right, takes the latter back: the
+# later choice wins over what an earlier layer chose in its place.
+RIVALS: dict[str, tuple[str, ...]] = {
+    "model.checkpoint": ("model.language_model", "model.vision_tower", "model.projector_file"),
+    "model.language_model": ("model.checkpoint",),
+    "data.path": ("data.embedded",),
+    "data.embedded": ("data.path", "data.image_folder"),
+    "trainer.global_batch_size": ("trainer.gradient_accumulation_steps",),
+    "trainer.gradient_accumulation_steps": ("trainer.global_batch_size",),
+    "trainer.num_train_epochs": ("trainer.max_steps",),
+}
+
+
+def recipes_root() -> Path:
+    """Folder of the recipes: ``scripts/recipes`` beside the package, or ``LLAVA_UHD_RECIPES``.
+
+    Raises:
+        UserError: there is no such folder.
+    """
+    given = os.environ.get(RECIPES_VARIABLE)
+    root = Path(given) if given else Path(__file__).resolve().parents[2] / "scripts" / "recipes"
+    if not root.is_dir():
+        raise UserError(
+            f"recipes folder {root} does not exist: run from a clone of the repository "
+            f"(pip install -e .), or set {RECIPES_VARIABLE}"
+        )
+    return root
+
+
+def list_recipes() -> list[str]:
+    """Names of all recipes, for instance ``uhd_v1/finetune_vicuna7b``; bases are not listed."""
+    root = recipes_root()
+    names = (path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.yaml"))
+    return sorted(name for name in names if not name.startswith("_"))
+
+
+def load_recipe(
+    name_or_path: str | os.PathLike[str], overrides: Sequence[str] = (), *, debug: bool = False
+) -> Recipe:
+    """Loads a recipe with its bases and puts the command line on top.
+
+    Args:
+        name_or_path: name from `list_recipes`, or a YAML file.
+        overrides: command line words: ``--section.key value``, ``--section.key=value``, published
+            flags (see `llava_uhd.config.aliases`), ``TrainingArguments`` fields with or without
+            ``trainer.``, and ``--debug``. A flag without a value means true.
+        debug: shrink the recipe, as ``--debug`` does.
+
+    Raises:
+        UserError: unknown recipe, key or flag (with the nearest known one), wrong type, circular
+            bases, impossible combination.
+    """
+    path = find_recipe(name_or_path)
+    words = list(parse_words(overrides))
+    debug = debug or any(name == "debug" and parse_scalar(value) is True for name, value in words)
+    flat: Flat = {}
+    _apply_file(flat, path, ())
+    if debug:
+        _apply_file(flat, find_recipe(DEBUG_OVERLAY), ())
+    _apply_words(flat, [(name, value) for name, value in words if name != "debug"])
+    flat["name"] = recipe_name(path)
+    try:
+        return build(Recipe, flat, recipe_keys())
+    except UserError as error:
+        raise UserError(f"recipe {flat['name']}: {error}") from error
+
+
+def recipe_name(path: Path) -> str:
+    """Name of a recipe file: relative to the recipes folder, or its stem elsewhere."""
+    root = recipes_root().resolve()
+    path = path.resolve()
+    if path.is_relative_to(root):
+        return path.relative_to(root).with_suffix("").as_posix()
+    return path.stem
+
+
+def find_recipe(name_or_path: str | os.PathLike[str], beside: Path | None = None) -> Path:
+    """File of a recipe.
+
+    Args:
+        name_or_path: a name, or the path of a file.
+        beside: folder that relative paths start from; the working folder by default.
+
+    Raises:
+        UserError: no such recipe; the message names the nearest ones.
+    """
+    text = os.fspath(name_or_path)
+    if text.endswith((".yaml", ".yml")):
+        path = (beside or Path()) / text
+        if path.is_file():
+            return path
+        text = text.rpartition(".")[0]
+    path = recipes_root() / f"{text}.yaml"
+    if path.is_file() and path.resolve().is_relative_to(recipes_root().resolve()):
+        return path
+    names = list_recipes()
+    raise UserError(
+        f"unknown recipe '{name_or_path}'{nearest_hint(text, names)} (known: {', '.join(names)}; "
+        "or the path of a .yaml file)"
+    )
+
+
+def _apply_file(flat: Flat, path: Path, above: tuple[Path, ...]) -> None:
+    """Puts the bases of a file and then the file itself onto the recipe."""
+    resolved = path.resolve()
+    if resolved in above:
+        circle = " -> ".join(recipe_name(each) for each in (*above, resolved))
+        raise UserError(f"recipe bases run in a circle: {circle}")
+    values = load_yaml(path)
+    bases = values.pop("base", None) or []
+    for base in [bases] if isinstance(bases, str) else bases:
+        if not isinstance(base, str):
+            raise UserError(f"{path}: base must be a recipe name, a file or a list of them")
+        _apply_file(flat, find_recipe(base, beside=path.parent), (*above, resolved))
+    try:
+        apply_layer(flat, flatten(_short_forms(values), recipe_keys()))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def _short_forms(values: dict[str, Any]) -> dict[str, Any]:
+    """``model.compression`` is the long name of the section ``compression``."""
+    model = values.get("model")
+    if isinstance(model, dict) and "compression" in model:
+        if "compression" in values:
+            raise UserError("compression stands twice: at the top and under model")
+        rest = {name: value for name, value in model.items() if name != "compression"}
+        return {**values, "model": rest, "compression": model["compression"]}
+    return values
+
+
+def apply_layer(flat: Flat, layer: Flat) -> None:
+    """Puts dotted keys onto a recipe; later choices displace their rivals."""
+    for key, rivals in RIVALS.items():
+        if layer.get(key) is not None:
+            for rival in rivals:
+                if rival not in layer:
+                    clear(flat, rival)
+    for key, value in layer.items():
+        assign(flat, key, value, recipe_keys())
+
+
+def parse_words(words: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """Splits a command line into (name, value) pairs.
+
+    Values are `Word` texts, whose type the field decides; several words in a row are a list; no
+    word at all means true. Negative numbers are values.
+
+    Raises:
+        UserError: a word that belongs to no flag.
+    """
+    rest = list(words)
+    while rest:
+        flag = rest.pop(0)
+        name, equals, value = flag[2:].partition("=")
+        if not flag.startswith("--") or not name:
+            raise UserError(f"'{flag}' belongs to no option: options look like --section.key value")
+        if equals:
+            yield name, Word(value)
+            continue
+        values = []
+        while rest and not rest[0].startswith("--"):
+            values.append(Word(rest.pop(0)))
+            if name == "debug" and parse_scalar(values[0]) not in (True, False):
+                raise UserError(f"--debug takes no value, got '{values[0]}'")
+        yield name, values if len(values) > 1 else values[0] if values else Word("true")
+
+
+def _apply_words(flat: Flat, words: list[tuple[str, Any]]) -> None:
+    """Puts the whole command line onto the recipe as one layer, in its order."""
+    flags = {name: _plain(value) for name, value in words if name in ALIASES}
+    layer: Flat = {}
+    for name, value in words:
+        for key, each in _meaning(name, value, Context(flat | layer, flags)).items():
+            layer.pop(key, None)  # a repeated flag counts where it stands last
+            layer[key] = each
+    try:
+        apply_layer(flat, layer)
+    except UserError as error:
+        raise UserError(f"command line: {error}") from error
+
+
+def _meaning(name: str, value: Any, context: Context) -> dict[str, Any]:
+    """Dotted keys that one option of the command line sets."""
+    if name.startswith("model.compression"):
+        name = name.removeprefix("model.")
+    if "." in name:
+        return {name: value}
+    if name in ALIASES:
+        # A plain alias leaves the reading of the value to the field it goes to.
+        plain = value if ALIASES.get(name).key is not None else _plain(value)
+        meaning = apply_alias(name, plain, context)
+        if isinstance(meaning, Inert):
+            logger.warning("--%s %s has no effect here: %s", name, plain, meaning.reason)
+            return {}
+        return meaning
+    if name in training_argument_types() or name == "output_dir":
+        return {f"trainer.{name}": value}
+    known = [*ALIASES, *training_argument_types(), *recipe_keys()]
+    hint = nearest_hint(name, known)
+    if not hint:
+        raise unknown_key(name, recipe_keys())
+    raise UserError(f"unknown option '--{name}'{hint}")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_plain(each) for each in value]
+    return parse_scalar(value) if isinstance(value, str) else value

@@ -1,0 +1,304 @@
+"""What a training run is: the typed sections of a recipe."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, Literal
+
+import yaml
+
+from llava_uhd.config.model import CompressionConfig, ImageConfig, ProjectorConfig
+from llava_uhd.config.schema import Flat, assign, build, flatten, leaf_types
+from llava_uhd.errors import UserError
+from llava_uhd.registry import nearest_hint
+
+# Parts of a model that a stage can train, by attribute name.
+PARTS = ("vision_tower", "projector", "language_model")
+
+# DeepSpeed configurations that ship under scripts/deepspeed.
+DEEPSPEED_NAMES = ("zero2", "zero3", "zero3_offload")
+
+
+@dataclass
+class ModelSection:
+    """Where the parts come from and how they are put together.
+
+    Attributes:
+        checkpoint: a whole checkpoint to go on from (ours or a published layout). It brings its own
+            parts and configuration; `vision_tower` and `projector_file` then override single parts.
+        language_model: folder or hub id of a causal language model, or the mapping of a
+            transformers configuration (with ``model_type``) to start one from nothing.
+        tokenizer: folder or hub id; None takes the language model's own.
+        vision_tower: folder or hub id of a vision tower, or a configuration mapping as above.
+        projector_file: output folder or file of a first stage.
+        template: registered conversation template.
+        select_layer: hidden state of the tower that is used.
+        projector: its configuration.
+        image: how images are read. Token ids are filled from the tokenizer.
+        dtype: of the weights. "auto" keeps float32 weights, except where DeepSpeed keeps float32
+            copies beside bfloat16 ones.
+        attn_implementation: of the language model; None chooses what the machine has.
+    """
+
+    checkpoint: str | None = None
+    language_model: str | dict[str, Any] | None = None
+    tokenizer: str | None = None
+    vision_tower: str | dict[str, Any] | None = None
+    projector_file: str | None = None
+    template: str = "v1"
+    select_layer: int = -2
+    projector: ProjectorConfig = field(default_factory=ProjectorConfig)
+    image: ImageConfig = field(default_factory=ImageConfig)
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    attn_implementation: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.checkpoint is not None and self.language_model is not None:
+            raise UserError(
+                "model.checkpoint and model.language_model exclude each other: "
+                "a checkpoint brings its language model"
+            )
+
+
+@dataclass
+class DataConfig:
+    """What is read and how samples are prepared.
+
+    Attributes:
+        path: LLaVA JSON or JSONL file, or several.
+        image_folder: image paths are relative to it and must stay inside it.
+        embedded: name of a data set that the package draws itself, instead of `path`.
+        overview_only: drop the slices (first stage of LLaVA-UHD v1).
+        on_broken_image: "error" stops; "skip" leaves the sample out, counted and logged.
+        max_broken: with "skip", the largest share of samples that may be left out, in [0, 1].
+        image_first: a turn with one ``<image>`` gets it moved to its front, as published.
+        textvqa_long_side: resize images whose path contains "textvqa" to this long side in pixels.
+        six_slice_probability: share of samples resized to about six slices (published: 0.1).
+        max_length: most tokens of a sample, or None.
+        overlong: "error" stops when the cut at `max_length` would lose an image; "drop" removes
+            whole images from the cut on, counted.
+        check_files: look for every image file before training; switch off for huge data on slow
+            disks.
+        follow_links: allow links inside `image_folder` that lead out of it.
+    """
+
+    path: str | list[str] | None = None
+    image_folder: str | None = None
+    embedded: str | None = None
+    overview_only: bool = False
+    on_broken_image: Literal["error", "skip"] = "error"
+    max_broken: float = 0.01
+    image_first: bool = True
+    textvqa_long_side: int | None = None
+    six_slice_probability: float = 0.0
+    max_length: int | None = 2048
+    overlong: Literal["error", "drop"] = "error"
+    check_files: bool = True
+    follow_links: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("max_broken", "six_slice_probability"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"data.{name} must be between 0 and 1, got {getattr(self, name)}")
+        for name in ("textvqa_long_side", "max_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"data.{name} must be at least 1 or null, got {value}")
+        if self.path is not None and self.embedded is not None:
+            raise UserError("data.path and data.embedded exclude each other: set one of them")
+
+    @property
+    def paths(self) -> list[str]:
+        """The data files as a list."""
+        if self.path is None:
+            return []
+        return [self.path] if isinstance(self.path, str) else list(self.path)
+
+
+@dataclass
+class StageConfig:
+    """What learns.
+
+    Attributes:
+        name: of the stage, written into the output folder.
+        learn: part -> learning rate; None takes ``trainer.learning_rate``. Parts that are not
+            listed are frozen. (In a recipe ``true`` means None and ``false`` removes a part.)
+    """
+
+    name: str = "finetune"
+    learn: dict[str, float | None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for part, rate in self.learn.items():
+            if part not in PARTS:
+                hint = nearest_hint(part, list(PARTS))
+                raise UserError(
+                    f"stage.learn.{part}: no such part{hint} (known: {', '.join(PARTS)})"
+                )
+            if rate is not None and rate < 0:
+                raise UserError(f"stage.learn.{part} must not be negative, got {rate}")
+        if not self.learn:
+            raise UserError(f"stage.learn is empty: name at least one of {', '.join(PARTS)}")
+
+
+@cache
+def training_argument_types() -> dict[str, Any]:
+    """Name -> type of the ``TrainingArguments`` fields that a recipe may set.
+
+    Left out are the ones that stand elsewhere in a recipe or are given by the launcher.
+    """
+    from transformers import TrainingArguments
+
+    hints = typing.get_type_hints(TrainingArguments)
+    names = [item.name for item in dataclasses.fields(TrainingArguments) if item.init]
+    taken = ("output_dir", "deepspeed", "debug", "local_rank")
+    return {name: hints[name] for name in names if name not in taken}
+
+
+@dataclass
+class TrainerConfig:
+    """How long, how fast, where to.
+
+    Attributes:
+        output_dir: everything is written there; None means ``checkpoints/<recipe name>``.
+        global_batch_size: samples per optimizer step over all devices; kept when their number
+            changes. None: per-device batch times accumulation times devices.
+        group_by_modality_length: batches of like length and modality, the published sampler.
+        arguments: any other fields of transformers' ``TrainingArguments``. In a recipe they stand
+            beside the keys above.
+    """
+
+    output_dir: str | None = None
+    global_batch_size: int | None = None
+    group_by_modality_length: bool = False
+    arguments: dict[str, Any] = field(
+        default_factory=dict, metadata={"open_keys": training_argument_types}
+    )
+
+    def __post_init__(self) -> None:
+        counts = {
+            "global_batch_size": self.global_batch_size,
+            "per_device_train_batch_size": self.arguments.get("per_device_train_batch_size"),
+            "gradient_accumulation_steps": self.arguments.get("gradient_accumulation_steps"),
+        }
+        for name, value in counts.items():
+            if value is not None and value < 1:
+                raise UserError(f"trainer.{name} must be at least 1, got {value}")
+
+    def batch_plan(self, world_size: int) -> tuple[int, int]:
+        """Per-device batch and accumulation steps that give the global batch.
+
+        The per-device batch of the recipe is an upper bound: the largest batch below it that
+        divides each device's share is taken.
+
+        Example: global 128 and per-device 4 on 8 devices: ``(4, 4)``; on one device: ``(4, 32)``.
+
+        Raises:
+            UserError: the share is not whole, or an explicit accumulation contradicts it.
+        """
+        most = self.arguments.get("per_device_train_batch_size", 8)
+        steps = self.arguments.get("gradient_accumulation_steps")
+        total = self.global_batch_size
+        if total is None:
+            return most, steps or 1
+        if total % world_size:
+            raise UserError(
+                f"trainer.global_batch_size {total} cannot be shared by {world_size} devices: "
+                "use a number of devices that divides it, or change it"
+            )
+        share = total // world_size
+        if steps is not None:
+            if most * steps != share:
+                raise UserError(
+                    f"trainer.global_batch_size {total} is not per_device_train_batch_size {most} "
+                    f"x gradient_accumulation_steps {steps} x {world_size} devices: leave "
+                    "gradient_accumulation_steps out, it is derived"
+                )
+            return most, steps
+        batch = max(size for size in range(1, min(most, share) + 1) if share % size == 0)
+        return batch, share // batch
+
+
+@dataclass
+class Recipe:
+    """A whole run. Made by `llava_uhd.config.recipe.load_recipe`.
+
+    Attributes:
+        name: of the recipe it was loaded from.
+        model: parts.
+        data: samples.
+        stage: what learns.
+        trainer: the rest.
+        compression: visual context compression (short for ``model.compression``).
+        deepspeed: "zero2", "zero3", "zero3_offload", the path of a configuration, or None.
+        debug: shrunken run on a tiny model.
+    """
+
+    name: str
+    model: ModelSection
+    data: DataConfig
+    stage: StageConfig
+    trainer: TrainerConfig
+    compression: CompressionConfig = field(default_factory=CompressionConfig)
+    deepspeed: str | None = None
+    debug: bool = False
+
+    def __post_init__(self) -> None:
+        if self.deepspeed not in (None, *DEEPSPEED_NAMES) and not str(self.deepspeed).endswith(
+            ".json"
+        ):
+            names = ", ".join(DEEPSPEED_NAMES)
+            raise UserError(f"deepspeed must be {names}, a .json file or null: {self.deepspeed!r}")
+        if self.data.path is None and self.data.embedded is None:
+            raise UserError("data.path is missing: name the JSON file of the training samples")
+        if self.model.checkpoint is None and self.model.language_model is None:
+            raise UserError("model.language_model is missing (or give a whole model.checkpoint)")
+
+    @property
+    def output_dir(self) -> str:
+        """Output folder; runs of a debug size never share one with the real run."""
+        if self.trainer.output_dir is not None:
+            return self.trainer.output_dir
+        prefix = "debug/" if self.debug and not self.name.startswith("debug/") else ""
+        return f"checkpoints/{prefix}{self.name}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested form with every default filled in; `from_dict` reads it back."""
+        values = _plain(dataclasses.asdict(self))
+        arguments = values["trainer"].pop("arguments")
+        values["trainer"] = {**values["trainer"], **arguments}
+        return values
+
+    def to_yaml(self) -> str:
+        """The resolved recipe as YAML, itself a valid recipe."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=100)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Recipe:
+        """Builds a recipe from the nested form.
+
+        Raises:
+            UserError: unknown key, wrong type or impossible value.
+        """
+        leaves = recipe_keys()
+        flat: Flat = {}
+        for key, value in flatten({"name": "unnamed", **values}, leaves).items():
+            assign(flat, key, value, leaves)
+        return build(cls, flat, leaves)
+
+
+@cache
+def recipe_keys() -> dict[str, Any]:
+    """Every dotted key that a recipe can hold, with its type."""
+    return leaf_types(Recipe)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return value
