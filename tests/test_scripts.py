@@ -23,11 +23,13 @@ case "$*" in
 *'find_spec("torch")'*) [ -e "$here/torch" ]; exit ;;
 *metadata*) echo "2.13.0+cpu none" ;;
 *device_count*) echo 1 ;;
-*torch==*+cpu) [ -z "${NO_LOCAL:-}" ] || exit 7 ;;
 *"pip install"*"$REFUSE"*) [ -z "$REFUSE" ] || exit 7 ;;
 esac
 case "$*" in
 -c*) exit 0 ;;
+*torch==*+cpu) [ -z "${NO_LOCAL:-}" ] || exit 7 ;;
+esac
+case "$*" in
 *"pip install"*torch==*) : >"$here/torch" ;;
 esac
 printf '%s\\n' "$PWD: $*" >>"$ASKED"
