@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
+from llava_uhd.checkpoint.manifest import read_manifest
+from llava_uhd.checkpoint.weights import read_json, weight_files
 from llava_uhd.errors import UserError
+
+CHECKPOINT_FOLDERS = ("checkpoints", "checkpoints_new")
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -35,6 +41,62 @@ def resolve_folder(path: str | Path, what: str) -> Path:
             f"{what} {name} does not exist: {_how_to_get(folder.name)}, or pass another path"
         )
     return _fetch(name, what)
+
+
+def find_checkpoint(name: str | Path | None = None) -> str | Path:
+    """What a user means by a checkpoint: a folder, the name of a run, a hub id, or nothing.
+
+    Args:
+        name: a folder; or a name under ``checkpoints/`` or ``checkpoints_new/``; or a hub id. None
+            takes the newest finished model under ``checkpoints/``.
+
+    Returns:
+        The folder, or the hub id as it is.
+
+    Raises:
+        UserError: there is no such checkpoint; the message says how to get one.
+    """
+    if name is None:
+        finished = list(_finished_models(Path("checkpoints")))
+        if not finished:
+            raise UserError(
+                "there is no finished model under checkpoints/: make one with "
+                "'bash scripts/quickstart.sh', or name the folder of a model"
+            )
+        return max(finished)[1]
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if not folder.is_absolute():
+        for place in CHECKPOINT_FOLDERS:
+            if (Path(place) / folder).is_dir():
+                return Path(place) / folder
+    if folder.exists() or _HUB_ID.fullmatch(str(name)):
+        return str(name)  # `resolve_folder` knows what to say
+    raise UserError(
+        f"checkpoint {name} does not exist (looked here and in {', '.join(CHECKPOINT_FOLDERS)}): "
+        "pass a folder or a hub id, or make one with 'bash scripts/quickstart.sh'"
+    )
+
+
+def _finished_models(root: Path, depth: int = 3) -> Iterator[tuple[float, Path]]:
+    """(time of the weights, folder) of whole models up to ``depth`` levels below ``root``."""
+    for place, names, files in os.walk(root):
+        folder = Path(place)
+        level = len(folder.relative_to(root).parts)
+        # Snapshots of a running training are not finished.
+        names[:] = [name for name in names if not name.startswith("checkpoint-") and level < depth]
+        if "config.json" not in files:
+            continue
+        try:
+            weights = weight_files(folder)
+            kind = read_manifest(folder).get("kind", "model")
+            config = read_json(folder / "config.json")
+        except UserError:
+            continue  # cut short while it was written or copied
+        multimodal = config.get("model_type") == "llava_uhd" or "mm_projector_type" in config
+        if weights and kind == "model" and multimodal:
+            yield max(file.stat().st_mtime for file in weights), folder
 
 
 def _how_to_get(name: str) -> str:
