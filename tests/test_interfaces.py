@@ -17,6 +17,7 @@ import pytest
 import llava_uhd
 from llava_uhd.config import model as model_config
 from llava_uhd.config import training
+from llava_uhd.config.aliases import ALIASES
 from llava_uhd.config.recipe import list_recipes, recipes_root
 from llava_uhd.images.strategies import IMAGE_STRATEGIES
 from llava_uhd.projectors import PROJECTORS
@@ -36,9 +37,9 @@ SECTIONS = {
 }
 
 
-def table(heading: str) -> dict[str, list[str]]:
+def table(heading: str, page: str = PAGE) -> dict[str, list[str]]:
     """First column (its first code word) -> the other columns of the table under a heading."""
-    match = re.search(rf"^#+ {re.escape(heading)}\n(.*?)(?=^#|\Z)", PAGE, re.MULTILINE | re.DOTALL)
+    match = re.search(rf"^#+ {re.escape(heading)}\n(.*?)(?=^#|\Z)", page, re.MULTILINE | re.DOTALL)
     assert match, f"no heading '{heading}'"
     rows = {}
     for line in match.group(1).splitlines():
@@ -154,3 +155,13 @@ def test_registered_names() -> None:
     found |= {("projector", name) for name in PROJECTORS}
     found |= {("template", name) for name in TEMPLATES}
     assert documented == found
+
+
+def test_published_flags() -> None:
+    page = (ROOT / "docs/migration.md").read_text(encoding="utf-8")
+    documented = table("Published flags", page)
+    assert set(documented) == {f"--{name}" for name in ALIASES}
+    for name, (meaning, *_) in documented.items():
+        alias = ALIASES.get(name.removeprefix("--"))
+        assert alias.key is None or meaning.startswith(f"`--{alias.key}`")
+        assert alias.inert is None or meaning.startswith("no effect")
