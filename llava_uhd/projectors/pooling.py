@@ -126,7 +126,8 @@ def pool_windows(
         round_to: see `axis_matrix`.
 
     Returns:
-        (n, grid_size ** 2, bins, C): windows row by row, bins of a window row by row.
+        (grid_size ** 2, n, bins, C): windows row by row, bins of a window row by row. Windows come
+        first because attention inside windows is a batched product over them.
     """
     count, rows, columns, width = maps.shape
     down, across = _placed_matrices(rows, columns, grid_size, round_to, maps.dtype, maps.device)
@@ -134,5 +135,5 @@ def pool_windows(
     pooled = torch.matmul(across, pooled.reshape(count * down.shape[0], columns, width))
     bin_rows, bin_columns = down.shape[0] // grid_size, across.shape[0] // grid_size
     pooled = pooled.reshape(count, grid_size, bin_rows, grid_size, bin_columns, width)
-    pooled = pooled.transpose(2, 3)  # (n, g, g, bin rows, bin columns, C)
-    return pooled.reshape(count, grid_size**2, bin_rows * bin_columns, width)
+    pooled = pooled.permute(1, 3, 0, 2, 4, 5)  # (g, g, n, bin rows, bin columns, C)
+    return pooled.reshape(grid_size**2, count, bin_rows * bin_columns, width)

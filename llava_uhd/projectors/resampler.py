@@ -21,6 +21,9 @@ from llava_uhd.vision.position import ResampledRows
 
 Grid = tuple[int, int]
 
+# Elements of the largest temporary of the value side (128 MiB in float32).
+MIXED_ELEMENTS = 2**25
+
 
 def sincos_table(side: int, width: int) -> torch.Tensor:
     """Analytic 2-D position table, the initial value of the learned one.
@@ -47,9 +50,15 @@ def sincos_table(side: int, width: int) -> torch.Tensor:
 class WindowAttention(nn.Module):
     """Multi-head attention of one query per window over the window's pooled cells.
 
-    Keys and values are projected on the map and pooled afterwards: the projections are linear, so
-    this equals pooling first, with fewer rows to project. The biases are added after pooling,
-    because samples beyond a small map count as zeros.
+    The published module pools keys and values, then projects all pooled rows. The same numbers
+    cost a fraction of that:
+
+    - a key is its value plus a position, and pooling is linear: values are pooled once, and the
+      positions once per shape of view;
+    - queries do not depend on the image, so the key projection moves to them: ``q . (W k)`` is
+      ``(W^T q) . k``; the key bias adds the same to all scores of a window and cancels in the
+      softmax;
+    - weights sum to one, so values are averaged before they are projected, bias included.
 
     Args:
         width: channels of queries, keys, values and output.
@@ -73,52 +82,73 @@ class WindowAttention(nn.Module):
         init.zeros_(self.in_proj_bias)
 
     def forward(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, grids: list[Grid]
+        self,
+        query: torch.Tensor,
+        value: torch.Tensor,
+        positions: dict[Grid, torch.Tensor],
+        grids: list[Grid],
     ) -> torch.Tensor:
         """Attends in all views of a pack.
 
         Args:
             query: (Q, D), one per window, Q = grid_size ** 2.
-            key: (P, D) on the cells of all views, one view after another.
-            value: (P, D) likewise.
+            value: (P, D) on the cells of all views, one view after another.
+            positions: grid -> (rows * columns, D); a cell's key is its value plus its position.
             grids: (rows, columns) of each view.
 
         Returns:
             (V, Q, D).
         """
         w_q, w_k, w_v = self.in_proj_weight.chunk(3)
-        b_q, b_k, b_v = self.in_proj_bias.chunk(3)
-        query = F.linear(query, w_q, b_q)  # (Q, D)
-        sizes = [rows * columns for rows, columns in grids]
-        keys = F.linear(key, w_k).split(sizes)
-        values = F.linear(value, w_v).split(sizes)
+        b_q, _, b_v = self.in_proj_bias.chunk(3)
+        absorbed = self._absorb(F.linear(query, w_q, b_q), w_k)  # (Q, D, H)
+        views = value.split([rows * columns for rows, columns in grids])
         outputs: list[torch.Tensor] = [query] * len(grids)
         for grid in dict.fromkeys(grids):
             members = [index for index, other in enumerate(grids) if other == grid]
-            pooled_key = self._pool([keys[index] for index in members], grid) + b_k
-            pooled_value = self._pool([values[index] for index in members], grid) + b_v
-            attended = self._attend(query, pooled_key, pooled_value)  # (n, Q, D)
-            for index, view in zip(members, attended.unbind(), strict=True):
+            offset = self._pool([positions[grid]], grid) @ absorbed.unsqueeze(1)  # (Q, 1, bins, H)
+            cells = self._pool([views[index] for index in members], grid)  # (Q, n, bins, D)
+            scores = (cells.flatten(1, 2) @ absorbed).unflatten(1, cells.shape[1:3]) + offset
+            weights = scores.softmax(2, dtype=torch.float32).to(cells.dtype)  # (Q, n, bins, H)
+            attended = self._mix(weights, cells, w_v)  # (Q, n, D)
+            for index, view in zip(members, attended.unbind(1), strict=True):
                 outputs[index] = view
-        return self.out_proj(torch.stack(outputs))
+        return self.out_proj(torch.stack(outputs) + b_v)
+
+    def _absorb(self, query: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Scaled queries (Q, D) through the transposed key projection (D, D): (Q, D, H)."""
+        query = query.unflatten(-1, (self.num_heads, -1)).transpose(0, 1)  # (H, Q, d)
+        query = query * query.shape[-1] ** -0.5
+        return (query @ weight.unflatten(0, (self.num_heads, -1))).permute(1, 2, 0)
 
     def _pool(self, views: list[torch.Tensor], grid: Grid) -> torch.Tensor:
-        """Views of one shape to (n, Q, bins, D)."""
+        """Views of one shape to (Q, n, bins, D)."""
         maps = torch.stack(views).unflatten(1, grid)  # (n, rows, columns, D)
         return pool_windows(maps, self.grid_size, maps.dtype if self.round_boxes else None)
 
-    def _attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    def _mix(
+        self, weights: torch.Tensor, cells: torch.Tensor, projection: torch.Tensor
     ) -> torch.Tensor:
-        """(Q, D) against (n, Q, bins, D): (n, Q, D)."""
-        heads = self.num_heads
-        query = query.unflatten(-1, (heads, -1))  # (Q, H, d)
-        key = key.unflatten(-1, (heads, -1))  # (n, Q, bins, H, d)
-        value = value.unflatten(-1, (heads, -1))
-        scale = query.shape[-1] ** -0.5
-        scores = (key * (query * scale).unsqueeze(1)).sum(-1)  # (n, Q, bins, H)
-        weights = scores.softmax(2, dtype=torch.float32).to(value.dtype)
-        return (weights.unsqueeze(-1) * value).sum(2).flatten(-2)
+        """Averages the cells for each head, then projects each head.
+
+        Args:
+            weights: (Q, n, bins, H).
+            cells: (Q, n, bins, D).
+            projection: (D, D) of the values.
+
+        Returns:
+            (Q, n, D).
+        """
+        heads, width = self.num_heads, cells.shape[-1]
+        projection = projection.unflatten(0, (heads, -1)).transpose(1, 2)  # (H, D, d)
+        # The averages have H times the size of the result: only some windows at a time.
+        step = max(MIXED_ELEMENTS // (cells.shape[1] * heads * width), 1)
+        outputs = []
+        for some_weights, some_cells in zip(weights.split(step), cells.split(step), strict=True):
+            mixed = some_weights.transpose(2, 3) @ some_cells  # (q, n, H, D)
+            values = mixed.flatten(0, 1).transpose(0, 1) @ projection  # (H, q * n, d)
+            outputs.append(values.transpose(0, 1).reshape(*mixed.shape[:2], width))
+        return torch.cat(outputs)
 
 
 @PROJECTORS.register("spatial_resampler")
@@ -186,7 +216,6 @@ class SpatialResampler(nn.Module):
             grid: self._positions(self.pos_embed, grid).to(value.dtype)
             for grid in dict.fromkeys(grids)
         }
-        key = value + torch.cat([positions[grid] for grid in grids])
         query = self.ln_q(self.query) + self.pos_embed.to(value.dtype)  # (Q, D)
-        tokens = self.attn(query, key, value, grids)  # (V, Q, D)
+        tokens = self.attn(query, value, positions, grids)  # (V, Q, D)
         return (self.ln_post(tokens) @ self.proj).flatten(0, 1)
