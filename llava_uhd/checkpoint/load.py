@@ -81,7 +81,7 @@ def load_pretrained(
         if layout is None:
             raise UserError(
                 f"{folder}/config.json has model_type '{config.get('model_type')}' and projector "
-                f"'{config.get('mm_projector_type')}': not a LLaVA-UHD model that can be loaded here"
+                f"'{config.get('mm_projector_type')}': not a LLaVA-UHD model that loads here"
             )
         ours, state, processor = _open_published(folder, config, layout, base, vision_tower)
     model = build_model(
@@ -242,7 +242,7 @@ def _open_published(
     if vision_tower is not None or not any(key.startswith(VISION_PREFIX) for key in weights):
         if tower is None:
             raise UserError(
-                f"{folder} has no vision weights and '{values.get('mm_vision_tower')}' is not here: "
+                f"{folder} no vision weights, and '{values.get('mm_vision_tower')}' is not here: "
                 "pass vision_tower=FOLDER"
             )
         state = _replace_tower(config, state, tower)

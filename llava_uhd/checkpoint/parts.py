@@ -8,12 +8,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-from llava_uhd.checkpoint.weights import Tensors, read_folder, read_json, read_tensors
+from llava_uhd.checkpoint.weights import Tensors, read_folder, read_json, read_tensors, weight_files
 from llava_uhd.config.model import LlavaUHDConfig, ProjectorConfig
 from llava_uhd.errors import UserError
 from llava_uhd.vision.towers import TOWERS, num_built_layers
@@ -30,7 +29,7 @@ def tower_key(key: str, depth: int) -> str | None:
         key: without the ``vision_model.`` prefix, for instance ``encoder.layers.0.mlp.fc1.weight``.
         depth: layers that are built; later ones are not used, nor is the norm behind them.
     """
-    if key.startswith("post_layernorm.") or key.startswith("head.") or key.endswith("position_ids"):
+    if key.startswith(("post_layernorm.", "head.")) or key.endswith("position_ids"):
         return None
     layer = _LAYER.match(key)
     if layer and int(layer.group(1)) >= depth:
@@ -46,7 +45,9 @@ def read_tower_config(folder: Path) -> PreTrainedConfig:
     """
     values = read_json(folder / "config.json")
     if isinstance(values.get("vision_config"), dict):
-        values = dict(values["vision_config"], model_type=f"{values.get('model_type')}_vision_model")
+        values = dict(
+            values["vision_config"], model_type=f"{values.get('model_type')}_vision_model"
+        )
     model_type = str(values.pop("model_type", "none"))
     if model_type not in TOWERS:
         raise UserError(
@@ -75,7 +76,9 @@ def read_language_config(folder: Path) -> PreTrainedConfig:
     try:
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"language model {folder}: its config.json is not usable ({error})") from error
+        raise UserError(
+            f"language model {folder}: its config.json is not usable ({error})"
+        ) from error
     config.dtype = None
     return config
 
@@ -145,6 +148,8 @@ def save_projector(path: Path, state: Tensors, config: LlavaUHDConfig) -> None:
 def find_projector(path: Path) -> Path:
     """Projector file of a first-stage output folder, or the file itself.
 
+    A folder that holds a whole model of ours is returned as it is: the projector is in it.
+
     Raises:
         UserError: there is none.
     """
@@ -153,6 +158,9 @@ def find_projector(path: Path) -> Path:
     for name in (PROJECTOR_FILE, PUBLISHED_PROJECTOR_FILE):
         if (path / name).is_file():
             return path / name
+    files = weight_files(path) if path.is_dir() else []
+    if files and read_json(path / "config.json").get("model_type") == "llava_uhd":
+        return path
     raise UserError(
         f"{path} has no projector ({PROJECTOR_FILE} or {PUBLISHED_PROJECTOR_FILE}): run the first "
         "stage (bash pretrain.sh), or set model.projector_file to its output folder"
@@ -166,25 +174,26 @@ def read_projector(path: Path, config: LlavaUHDConfig) -> Tensors:
         UserError: the file was made for another projector, tower or language model.
     """
     file = find_projector(path)
+    if file.is_dir():
+        _check_facts(file, projector_facts(LlavaUHDConfig.from_pretrained(file)), config)
+        tensors = read_folder(file)
+        return {key: value for key, value in tensors.items() if key.startswith("projector.")}
     if file.suffix == ".safetensors":
         with safe_open(file, framework="pt") as opened:
             facts = json.loads((opened.metadata() or {}).get("llava_uhd_projector", "{}"))
-        expected = projector_facts(config)
-        wrong = [
-            f"{key} {value} (the model has {expected[key]})"
-            for key, value in facts.items()
-            if key in expected and expected[key] != value
-        ]
-        if wrong:
-            raise UserError(f"projector {file} was trained for {', '.join(wrong)}")
-    state = {}
-    for key, tensor in read_tensors(file):
-        # Published files: model.mm_projector.<name>.
-        name = key.split("mm_projector.")[-1].removeprefix("projector.")
-        state[f"projector.{name}"] = tensor
-    return state
+        _check_facts(file, facts, config)
+    # Published files: model.mm_projector.<name>.
+    return {
+        f"projector.{key.split('mm_projector.')[-1]}": tensor for key, tensor in read_tensors(file)
+    }
 
 
-def cast(state: Tensors, dtype: torch.dtype) -> Tensors:
-    """Floating tensors of a state in ``dtype``."""
-    return {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
+def _check_facts(file: Path, facts: dict[str, Any], config: LlavaUHDConfig) -> None:
+    expected = projector_facts(config)
+    wrong = [
+        f"{key} {value} (the model has {expected[key]})"
+        for key, value in facts.items()
+        if key in expected and expected[key] != value
+    ]
+    if wrong:
+        raise UserError(f"projector {file} was trained for {', '.join(wrong)}")

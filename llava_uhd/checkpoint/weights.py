@@ -147,7 +147,9 @@ def check_state(
         _listing("other shapes", shapes),
     ]
     if any(problems):
-        raise UserError(f"{what} does not fit its configuration: " + "; ".join(filter(None, problems)))
+        raise UserError(
+            f"{what} does not fit its configuration: " + "; ".join(filter(None, problems))
+        )
 
 
 def _listing(title: str, items: list[str], shown: int = 8) -> str:

@@ -1,4 +1,4 @@
-"""The configuration of a model: which tower, projector and language model, and how images are read."""
+"""The configuration of a model: its tower, projector and language model, and its images."""
 
 from __future__ import annotations
 

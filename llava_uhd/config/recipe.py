@@ -85,7 +85,7 @@ def load_recipe(
     if debug:
         _apply_file(flat, find_recipe(DEBUG_OVERLAY), ())
     _apply_words(flat, [(name, value) for name, value in words if name != "debug"])
-    flat["name"] = recipe_name(path)
+    flat.setdefault("name", recipe_name(path))
     try:
         return build(Recipe, flat, recipe_keys())
     except UserError as error:
@@ -135,9 +135,12 @@ def _apply_file(flat: Flat, path: Path, above: tuple[Path, ...]) -> None:
         raise UserError(f"recipe bases run in a circle: {circle}")
     values = load_yaml(path)
     bases = values.pop("base", None) or []
-    for base in [bases] if isinstance(bases, str) else bases:
-        if not isinstance(base, str):
-            raise UserError(f"{path}: base must be a recipe name, a file or a list of them")
+    bases = bases if isinstance(bases, list) else [bases]
+    if not all(isinstance(base, str) for base in bases):
+        raise UserError(f"{path}: base must be a recipe name, a file or a list of them")
+    if above:
+        values.pop("name", None)  # a base lends its settings, not its name
+    for base in bases:
         _apply_file(flat, find_recipe(base, beside=path.parent), (*above, resolved))
     try:
         apply_layer(flat, flatten(_short_forms(values), recipe_keys()))

@@ -121,9 +121,8 @@ def convert(value: Any, hint: Any, where: str) -> Any:
     """
     if isinstance(value, Word):
         return _convert_word(value, hint, where)
-    if isinstance(value, list) and any(isinstance(item, Word) for item in value):
-        if Any in members(hint):
-            return [parse_scalar(item) for item in value]
+    if isinstance(value, list) and Any in members(hint):
+        return [parse_scalar(item) if isinstance(item, Word) else item for item in value]
     for kind in _strict(members(hint)):
         fits, result = _fit(value, kind, where)
         if fits:
@@ -188,7 +187,8 @@ def _fit_mapping(value: Any, kind: Any, where: str) -> tuple[bool, Any]:
 
 
 def _kind(value: Any) -> str:
-    return {dict: "mapping", list: "list", str: "text"}.get(type(value), type(value).__name__)
+    words: dict[Any, str] = {dict: "mapping", list: "list", str: "text"}
+    return words.get(type(value), type(value).__name__)
 
 
 def describe(hint: Any) -> str:
@@ -204,7 +204,7 @@ def _describe(kind: Any) -> str:
         return "one of " + ", ".join(str(item.value) for item in kind)
     if origin in (list, tuple) and get_args(kind):
         return f"a list (each {describe(get_args(kind)[0])})"
-    words = {
+    words: dict[Any, str] = {
         bool: "true or false",
         int: "a whole number",
         float: "a number",

@@ -35,16 +35,16 @@ ORIENTATION_TAG = 0x0112
 class BrokenSample(NamedTuple):
     """Stands for a sample whose image cannot be read; the collator leaves it out."""
 
-    index: int
+    where: str
     reason: str
 
 
 def move_image_first(text: str) -> str:
-    """Puts the single ``<image>`` of a turn on a line of its own at the front, as published.
+    r"""Puts the single ``<image>`` of a turn on a line of its own at the front, as published.
 
     Turns with none or several markers stay as they are.
 
-    Example: ``"What is it?\\n<image>"`` becomes ``"<image>\\nWhat is it?"``.
+    Example: ``"What is it?\n<image>"`` becomes ``"<image>\nWhat is it?"``.
     """
     if text.count(IMAGE_MARKER) != 1:
         return text
@@ -177,9 +177,9 @@ class ConversationDataset(Dataset[dict[str, Any] | BrokenSample]):
         if config.six_slice_probability > 0:
             # A text as seed is hashed, alike on every machine and Python version.
             chance = random.Random(f"{self.seed} {self.epoch} {index} {path.name}").random()
-            if chance < config.six_slice_probability:
-                if self.processor.plan(*size).num_slices != 6:
-                    return six_slice_size(*size, self.processor.image_config.scale_resolution)
+            drawn = chance < config.six_slice_probability
+            if drawn and self.processor.plan(*size).num_slices != 6:
+                return six_slice_size(*size, self.processor.image_config.scale_resolution)
         return size
 
     def _skip(self, index: int, reason: str) -> BrokenSample:
@@ -194,7 +194,7 @@ class ConversationDataset(Dataset[dict[str, Any] | BrokenSample]):
                 f"the {allowed} that data.max_broken ({self.config.max_broken}) allows"
             )
         logger.warning("left out %s: %s (%d of at most %d)", where, reason, broken, allowed)
-        return BrokenSample(index, reason)
+        return BrokenSample(where, reason)
 
     def _count(self, *amounts: int) -> None:
         worker = get_worker_info()
@@ -217,15 +217,13 @@ def _header_size(path: Path) -> Size:
     return (height, width) if turned else (width, height)
 
 
-def build_dataset(
-    config: DataConfig, processor: LlavaUHDProcessor, seed: int = 0
-) -> ConversationDataset:
+def open_records(config: DataConfig) -> Records:
     """Reads and checks the records of a recipe's data section.
 
     Raises:
         UserError: see `read_records`.
     """
-    records = read_records(
+    return read_records(
         config.paths,
         config.image_folder,
         check_files=config.check_files,
@@ -233,4 +231,14 @@ def build_dataset(
         missing=config.on_broken_image,
         max_missing=config.max_broken,
     )
-    return ConversationDataset(records, processor, config, seed)
+
+
+def build_dataset(
+    config: DataConfig, processor: LlavaUHDProcessor, seed: int = 0
+) -> ConversationDataset:
+    """Reads and checks the records of a recipe's data section, and prepares their samples.
+
+    Raises:
+        UserError: see `read_records`.
+    """
+    return ConversationDataset(open_records(config), processor, config, seed)

@@ -177,7 +177,7 @@ def plan_slices(
     check_size(width, height)
     if max_slices < 1 or patch_size < 1 or scale_resolution < patch_size:
         raise ValueError(
-            "max_slices and patch_size must be at least 1 and scale_resolution at least patch_size, "
+            "max_slices and patch_size must be at least 1, scale_resolution at least patch_size, "
             f"got {max_slices}, {patch_size}, {scale_resolution}"
         )
     max_aspect = MAX_ASPECT_RATIO if bounded else None
@@ -220,7 +220,7 @@ def fit_long_side(width: int, height: int, long_side: int) -> Size:
         size = (int((long_side / height) * width), long_side)
     if min(size) < 1:
         raise ValueError(
-            f"height and width must be > 0: {width} x {height} scaled to a long side of {long_side} "
+            f"height and width must be > 0: {width} x {height} with a long side of {long_side} "
             f"gives {size[0]} x {size[1]}"
         )
     return size

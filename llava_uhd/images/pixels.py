@@ -12,6 +12,7 @@ import io
 import warnings
 from os import PathLike
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -56,7 +57,7 @@ def open_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image.Image
         return _decode(stream, f"image {path}", max_pixels)
 
 
-def _decode(stream: io.BufferedIOBase, what: str, max_pixels: int) -> Image.Image:
+def _decode(stream: IO[bytes], what: str, max_pixels: int) -> Image.Image:
     try:
         with warnings.catch_warnings():
             # Pillow's own size warning; the limit below decides.
@@ -75,10 +76,14 @@ def _decode(stream: io.BufferedIOBase, what: str, max_pixels: int) -> Image.Imag
     except Image.DecompressionBombError as error:
         raise UserError(f"{what} is larger than any sane picture: {error}") from error
     except UnidentifiedImageError as error:
-        raise UserError(f"{what} is not a picture of a known format ({', '.join(FORMATS)})") from error
+        raise UserError(
+            f"{what} is not a picture of a known format ({', '.join(FORMATS)})"
+        ) from error
     except (OSError, SyntaxError, ValueError, IndexError, TypeError, MemoryError) as error:
         # Pillow's decoders raise all of these on damaged data.
-        raise UserError(f"{what} cannot be decoded ({error}): it is damaged or truncated") from error
+        raise UserError(
+            f"{what} cannot be decoded ({error}): it is damaged or truncated"
+        ) from error
 
 
 def _can_open(name: str) -> bool:

@@ -56,9 +56,7 @@ def supervised_loss(
     return losses / num_items
 
 
-def logits_at(
-    head: nn.Module, hidden: torch.Tensor, keep: int | torch.Tensor
-) -> torch.Tensor:
+def logits_at(head: nn.Module, hidden: torch.Tensor, keep: int | torch.Tensor) -> torch.Tensor:
     """Logits of the last ``keep`` positions (0: all), or of the positions in a 1-D index."""
     positions = slice(-keep, None) if isinstance(keep, int) and keep > 0 else slice(None)
     return head(hidden[:, keep if isinstance(keep, torch.Tensor) else positions])

@@ -102,8 +102,7 @@ class LlavaUHDForConditionalGeneration(PreTrainedModel, GenerationMixin):
         every rank and sharded ranks make the same collective calls.
         """
         patch = self.config.vision_config.patch_size
-        device = self.get_input_embeddings().weight.device
-        pixels = torch.zeros(1, 3 * patch * patch, device=device)
+        pixels = torch.zeros(1, 3 * patch * patch, device=self.device)
         tokens = self.get_image_features(pixels, torch.ones(1, 2, dtype=torch.long))
         return tokens.sum() * 0.0
 
@@ -186,7 +185,7 @@ class LlavaUHDForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass either input_ids or inputs_embeds")
-        if inputs_embeds is None:
+        if inputs_embeds is None and input_ids is not None:
             inputs_embeds = self.embed(input_ids, pixel_values, view_grids, image_features)
         outputs = decode(
             self.language_model,
@@ -265,10 +264,9 @@ class LlavaUHDForConditionalGeneration(PreTrainedModel, GenerationMixin):
         image_features: torch.Tensor | None = None,
         **model_kwargs: Any,
     ) -> tuple[torch.Tensor | None, dict[str, Any]]:
-        if image_features is not None:
-            if expand_size > 1 and input_ids is not None:
-                mask = placeholder_mask(input_ids, self.config.image.image_token_id)
-                image_features = repeat_rows(image_features, mask, expand_size)
+        if image_features is not None and expand_size > 1 and input_ids is not None:
+            mask = placeholder_mask(input_ids, self.config.image.image_token_id)
+            image_features = repeat_rows(image_features, mask, expand_size)
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size, is_encoder_decoder, input_ids, **model_kwargs
         )

@@ -109,9 +109,7 @@ def encode_spans(
             chunk, add_special_tokens=False, return_offsets_mapping=True, verbose=False
         )
         offsets = encoded["offset_mapping"]
-        result.add(
-            encoded["input_ids"], [any(learned[start:stop]) for start, stop in offsets]
-        )
+        result.add(encoded["input_ids"], [any(learned[start:stop]) for start, stop in offsets])
     return result
 
 

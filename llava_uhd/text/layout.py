@@ -26,7 +26,7 @@ def single_token_id(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
     whole = tokenizer("a" + text, add_special_tokens=False)["input_ids"]
     if whole[:-1] != stem:
         raise UserError(
-            f"the tokenizer writes {text!r} as {whole[len(stem):]}, not as one token of its own: "
+            f"the tokenizer writes {text!r} as {whole[len(stem) :]}, not as one token of its own: "
             "set image.comma_id and image.newline_id to the separators to use"
         )
     return int(whole[-1])

@@ -137,12 +137,14 @@ class LlavaUHDProcessor(ProcessorMixin):
         """Plans, cuts and packs images.
 
         Returns:
-            For each image its ids in the text, its patches (P, 3 * p * p) and its view grids (V, 2).
+            For each image its ids in the text, its patches (P, 3 * p * p) and view grids (V, 2).
         """
         ids, patches, grids = [], [], []
         for source in images:
             if isinstance(source, str) and source.startswith(("http://", "https://")):
-                raise UserError(f"the processor does not fetch {source}: download it, pass the file")
+                raise UserError(
+                    f"the processor does not fetch {source}: download it, pass the file"
+                )
             image = open_image(source)
             size = prepared_size(self._image, *image.size)
             if size != image.size:
@@ -230,9 +232,7 @@ class LlavaUHDProcessor(ProcessorMixin):
             nested = [[next(remaining) for _ in range(count)] for count in counts]
         return nested
 
-    def _pad(
-        self, encodings: list[Encoding], padding: bool, padding_side: str
-    ) -> dict[str, Any]:
+    def _pad(self, encodings: list[Encoding], padding: bool, padding_side: str) -> dict[str, Any]:
         rows = [encoding.input_ids for encoding in encodings]
         if padding_side not in ("left", "right"):
             raise UserError(f"padding_side must be 'left' or 'right', got {padding_side!r}")
@@ -280,12 +280,11 @@ class LlavaUHDProcessor(ProcessorMixin):
         if max_length is not None:
             truncated, dropped = encoding.cut(max_length, overlong)
         kept = len(encoding.runs)
+        placeholder = int(self._image.image_token_id or 0)
         sample: dict[str, Any] = {
             "input_ids": torch.tensor(encoding.input_ids, dtype=torch.long),
             "labels": torch.tensor(encoding.labels, dtype=torch.long),
-            "num_visual_tokens": sum(
-                row.count(self._image.image_token_id) for row in ids[:kept]  # type: ignore[arg-type]
-            ),
+            "num_visual_tokens": sum(row.count(placeholder) for row in ids[:kept]),
             "dropped_images": dropped,
             "truncated_tokens": truncated,
         }

@@ -42,15 +42,17 @@ class Span(NamedTuple):
 
 
 class Template(Protocol):
-    """What a registered template offers.
+    """What a registered template offers."""
 
-    Attributes:
-        chat_template: Jinja source for ``apply_chat_template``.
-        stop_strings: texts that end an answer beside the end-of-sequence token.
-    """
+    @property
+    def chat_template(self) -> str:
+        """Jinja source for ``apply_chat_template``."""
+        ...
 
-    chat_template: str
-    stop_strings: tuple[str, ...]
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """Texts that end an answer beside the end-of-sequence token."""
+        ...
 
     def spans(self, turns: Sequence[Turn], *, generate: bool = False) -> list[Span]:
         """Renders a conversation.

@@ -93,7 +93,8 @@ def varlen_attention(
     query, key, value = (x.transpose(0, 1).contiguous() for x in (query, key, value))
     # The kernel scales by 1 / sqrt(d) itself; any other scale goes into the query.
     query = query * (scale * query.shape[-1] ** 0.5)
-    return varlen_attn(query, key, value, bounds, bounds, longest, longest)
+    out = varlen_attn(query, key, value, bounds, bounds, longest, longest)
+    return out[0] if isinstance(out, tuple) else out
 
 
 def packed_views_attention(

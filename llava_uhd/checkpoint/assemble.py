@@ -1,0 +1,230 @@
+"""Putting a model together from a recipe's parts."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from llava_uhd.checkpoint.load import build_model, load_pretrained
+from llava_uhd.checkpoint.parts import (
+    find_projector,
+    read_language_config,
+    read_language_model,
+    read_projector,
+    read_tokenizer,
+    read_tower,
+    read_tower_config,
+)
+from llava_uhd.checkpoint.sources import resolve_folder
+from llava_uhd.checkpoint.weights import Tensors
+from llava_uhd.config.model import CompressionConfig, LlavaUHDConfig, make_config
+from llava_uhd.config.training import ModelSection
+from llava_uhd.errors import UserError
+from llava_uhd.model.modeling import LlavaUHDForConditionalGeneration
+from llava_uhd.text.processor import LlavaUHDProcessor
+
+logger = logging.getLogger(__name__)
+
+Options = TypeVar("Options")
+TokenizerMaker = Callable[[], PreTrainedTokenizerBase]
+
+
+@dataclass
+class Assembled:
+    """A model ready to train.
+
+    Attributes:
+        model: with its weights, on the CPU.
+        processor: with the recipe's template.
+        new_parts: parts that start from initial values.
+    """
+
+    model: LlavaUHDForConditionalGeneration
+    processor: LlavaUHDProcessor
+    new_parts: tuple[str, ...]
+
+
+def check_parts(section: ModelSection) -> None:
+    """Checks that every named folder is there, before anything large is read.
+
+    Hub ids are fetched here.
+
+    Raises:
+        UserError: a missing folder; one line with what it is and how to get it.
+    """
+    for path, what in (
+        (section.checkpoint, "checkpoint"),
+        (section.language_model, "language model"),
+        (section.tokenizer, "tokenizer"),
+        (section.vision_tower, "vision tower"),
+    ):
+        if isinstance(path, str):
+            resolve_folder(path, what)
+    if section.projector_file is not None:
+        find_projector(resolve_projector(section.projector_file))
+
+
+def assemble(
+    section: ModelSection,
+    compression: CompressionConfig,
+    dtype: torch.dtype,
+    demo_tokenizer: TokenizerMaker | None = None,
+) -> Assembled:
+    """Builds model and processor from a whole checkpoint, or from parts.
+
+    Args:
+        section: of the recipe. With a whole checkpoint the values of ``image`` and ``projector``
+            that differ from their defaults are laid over the checkpoint's own.
+        compression: of the recipe.
+        dtype: of the weights.
+        demo_tokenizer: makes the tokenizer of a language model that starts from nothing and names
+            none.
+
+    Raises:
+        UserError: a missing folder, or parts that do not fit each other.
+    """
+    if section.checkpoint is not None:
+        made = _from_checkpoint(section, dtype)
+    else:
+        made = _from_parts(section, dtype, demo_tokenizer)
+    made.model.config.compression = compression
+    return made
+
+
+def _from_checkpoint(section: ModelSection, dtype: torch.dtype) -> Assembled:
+    tower = section.vision_tower
+    if isinstance(tower, dict):
+        raise UserError("model.vision_tower beside model.checkpoint must be a folder or hub id")
+    model, processor = load_pretrained(
+        section.checkpoint or "",
+        vision_tower=tower,
+        dtype=dtype,
+        attn_implementation=section.attn_implementation,
+    )
+    config = model.config
+    config.image = _overlay(processor.image_config, section.image)
+    config.projector = _overlay(config.projector, section.projector)
+    config.template = section.template
+    processor = LlavaUHDProcessor.from_parts(processor.tokenizer, config)
+    if section.projector_file is not None:
+        found = read_projector(resolve_projector(section.projector_file), config)
+        state = {key.removeprefix("projector."): tensor.to(dtype) for key, tensor in found.items()}
+        model.projector.load_state_dict(state)
+    return Assembled(model, processor, ())
+
+
+def _overlay(own: Options, given: Options) -> Options:
+    """The checkpoint's options with those of the recipe that are not at their default."""
+    default = type(given)()
+    changes: dict[str, Any] = {
+        item.name: getattr(given, item.name)
+        for item in dataclasses.fields(given)  # type: ignore[arg-type]
+        if getattr(given, item.name) != getattr(default, item.name)
+    }
+    return dataclasses.replace(own, **changes)  # type: ignore[type-var]
+
+
+def _from_parts(
+    section: ModelSection, dtype: torch.dtype, demo_tokenizer: TokenizerMaker | None
+) -> Assembled:
+    state: Tensors = {}
+    new: list[str] = []
+    text, tokenizer = _language_part(section, state, new, demo_tokenizer)
+    vision = _vision_part(section, state, new)
+    image = dataclasses.replace(section.image)
+    if image.patch_size != vision.patch_size:
+        raise UserError(
+            f"model.image.patch_size is {image.patch_size}, but the vision tower's patches have "
+            f"{vision.patch_size} pixels: set it to that"
+        )
+    config = LlavaUHDConfig(
+        vision_config=vision,
+        text_config=text,
+        image=image,
+        projector=dataclasses.replace(section.projector),
+        template=section.template,
+        select_layer=section.select_layer,
+    )
+    if section.projector_file is not None:
+        state |= read_projector(resolve_projector(section.projector_file), config)
+    else:
+        new.append("projector")
+    processor = LlavaUHDProcessor.from_parts(tokenizer, config)
+    model = build_model(
+        config,
+        state,
+        what="the recipe's model",
+        dtype=dtype,
+        attn_implementation=section.attn_implementation,
+        may_miss=tuple(f"{part}." for part in new),
+    )
+    return Assembled(model, processor, tuple(new))
+
+
+def resolve_projector(path: str) -> Path:
+    """Existing projector file or folder.
+
+    Raises:
+        UserError: missing; the message names the command that makes one.
+    """
+    found = Path(path).expanduser()
+    if not found.exists():
+        raise UserError(
+            f"model.projector_file {path} does not exist: run the first stage before "
+            "(bash pretrain.sh), or point it at a projector"
+        )
+    return found
+
+
+def _language_part(
+    section: ModelSection,
+    state: Tensors,
+    new: list[str],
+    demo_tokenizer: TokenizerMaker | None,
+) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
+    """Adds the language model's weights to ``state``, or its name to ``new``."""
+    source = section.language_model
+    if isinstance(source, dict):
+        if section.tokenizer is not None:
+            tokenizer = read_tokenizer(resolve_folder(section.tokenizer, "tokenizer"))
+        elif demo_tokenizer is not None:
+            tokenizer = demo_tokenizer()
+        else:
+            raise UserError("model.tokenizer is missing: a new language model needs one")
+        ids = {
+            "vocab_size": len(tokenizer),
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
+        new.append("language_model")
+        return make_config({**ids, **source}, "model.language_model"), tokenizer
+    folder = resolve_folder(str(source), "language model")
+    config = read_language_config(folder)
+    tokenizer_folder = (
+        resolve_folder(section.tokenizer, "tokenizer") if section.tokenizer is not None else folder
+    )
+    tokenizer = read_tokenizer(tokenizer_folder)
+    state |= read_language_model(folder)
+    return config, tokenizer
+
+
+def _vision_part(section: ModelSection, state: Tensors, new: list[str]) -> PreTrainedConfig:
+    """Adds the tower's weights to ``state``, or its name to ``new``."""
+    source = section.vision_tower
+    if source is None:
+        raise UserError("model.vision_tower is missing: name a CLIP folder or hub id")
+    if isinstance(source, dict):
+        new.append("vision_tower")
+        return make_config(source, "model.vision_tower")
+    folder = resolve_folder(source, "vision tower")
+    config = read_tower_config(folder)
+    state |= read_tower(folder, config, section.select_layer)
+    return config

@@ -1,0 +1,167 @@
+"""``python -m llava_uhd.train RECIPE [--section.key value ...]``: one training stage."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import TrainingArguments, set_seed
+from transformers.utils import logging as library_logging
+
+from llava_uhd.checkpoint.assemble import Assembled, assemble, check_parts
+from llava_uhd.checkpoint.manifest import write_manifest
+from llava_uhd.config.recipe import list_recipes, load_recipe
+from llava_uhd.config.training import Recipe
+from llava_uhd.data.collator import Collator
+from llava_uhd.data.dataset import ConversationDataset, open_records
+from llava_uhd.errors import UserError, command
+from llava_uhd.train.embedded import demo_tokenizer, use_embedded
+from llava_uhd.train.log import CURVE_FILE, JsonLog, draw_loss, read_log
+from llava_uhd.train.output import is_finished, last_complete_checkpoint, prepare_output
+from llava_uhd.train.setup import deepspeed_config, training_arguments, weight_dtype, world_size
+from llava_uhd.train.stages import apply_stage, part_reports
+from llava_uhd.train.trainer import StageTrainer
+
+console = Console(highlight=False)
+
+
+def main() -> None:
+    """Runs one stage from its recipe to its output folder."""
+    recipe = parse()
+    deepspeed = deepspeed_config(recipe)
+    arguments = training_arguments(recipe, deepspeed)
+    if is_finished(recipe):
+        say(f"{recipe.output_dir} is finished: nothing to do. Remove it to train again.")
+        return
+    # Everything that can be wrong with the inputs is found before the model is loaded.
+    check_parts(recipe.model)
+    records = open_records(use_embedded(recipe).data)
+    folder = prepare_output(recipe)
+    set_seed(arguments.seed)
+    parts = assemble(
+        recipe.model, recipe.compression, weight_dtype(recipe, deepspeed), demo_tokenizer
+    )
+    apply_stage(parts.model, recipe.stage)
+    dataset = ConversationDataset(records, parts.processor, recipe.data, arguments.seed)
+    announce(recipe, arguments, parts, dataset)
+    trainer = build_trainer(recipe, arguments, parts, dataset, folder)
+    checkpoint = last_complete_checkpoint(folder)
+    if checkpoint is not None:
+        say(f"Going on from {checkpoint}")
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.finish()
+    conclude(recipe, trainer, folder)
+
+
+def parse() -> Recipe:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m llava_uhd.train",
+        description="Train one stage. Any recipe key can be overridden: --trainer.max_steps 10",
+        epilog="Recipes: " + ", ".join(list_recipes()),
+    )
+    parser.add_argument("recipe", help="name of a recipe, or a YAML file")
+    known, overrides = parser.parse_known_args()
+    level = logging.INFO if is_first_rank() else logging.ERROR
+    logging.basicConfig(level=level, format="%(message)s")
+    library_logging.set_verbosity_error()
+    return load_recipe(known.recipe, overrides)
+
+
+def is_first_rank() -> bool:
+    """Whether this process speaks for all."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def say(text: str) -> None:
+    """Prints on the first rank."""
+    if is_first_rank():
+        console.print(text, soft_wrap=True)
+
+
+def learns_only_projector(recipe: Recipe, parts: Assembled) -> bool:
+    """Whether the result is a projector file: the rest can be found again where it came from."""
+    recorded = isinstance(recipe.model.language_model, str) and isinstance(
+        recipe.model.vision_tower, str
+    )
+    return recorded and set(recipe.stage.learn) == {"projector"}
+
+
+def announce(
+    recipe: Recipe, arguments: TrainingArguments, parts: Assembled, dataset: ConversationDataset
+) -> None:
+    """Says what will be trained, on what, and at which rates."""
+    table = Table(title=f"{recipe.name}: stage {recipe.stage.name}", title_justify="left")
+    for heading in ("part", "learning", "of", "rate"):
+        table.add_column(heading, justify="left" if heading == "part" else "right")
+    for part in part_reports(parts.model, recipe.stage, arguments.learning_rate):
+        rate = "frozen" if part.rate is None else f"{part.rate:g}"
+        table.add_row(part.name, f"{part.learning:,}", f"{part.total:,}", rate)
+    if is_first_rank():
+        console.print(table)
+    per_device, steps = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else arguments.device.type
+    say(
+        f"{len(dataset):,} samples; global batch {per_device * steps * world_size()} = "
+        f"{per_device} per device x {steps} accumulated x {world_size()} devices ({device}); "
+        f"writing to {recipe.output_dir}"
+    )
+
+
+def build_trainer(
+    recipe: Recipe,
+    arguments: TrainingArguments,
+    parts: Assembled,
+    dataset: ConversationDataset,
+    folder: Path,
+) -> StageTrainer:
+    """The trainer of one stage."""
+    trainer = StageTrainer(
+        recipe=recipe,
+        only_projector=learns_only_projector(recipe, parts),
+        model=parts.model,
+        args=arguments,
+        train_dataset=dataset,
+        data_collator=Collator(parts.processor.tokenizer.pad_token_id or 0),
+        processing_class=parts.processor,
+        callbacks=[JsonLog(folder)],
+    )
+    return trainer
+
+
+def conclude(recipe: Recipe, trainer: StageTrainer, folder: Path) -> None:
+    """Writes manifest and loss curve, and says how the run ended."""
+    if not is_first_rank():
+        return
+    losses = [entry for entry in read_log(folder) if "loss" in entry]
+    draw_loss({recipe.name: folder}, folder / CURVE_FILE)
+    write_manifest(
+        folder,
+        kind="projector" if trainer.only_projector else "model",
+        stage=recipe.stage.name,
+        recipe=recipe.name,
+        language_model=recipe.model.language_model,
+        vision_tower=recipe.model.vision_tower,
+        checkpoint=recipe.model.checkpoint,
+        template=recipe.model.template,
+        steps=trainer.state.global_step,
+        final_loss=losses[-1]["loss"] if losses else None,
+        data=trainer.train_dataset.counts,
+        finished=True,
+    )
+    for name, count in trainer.train_dataset.counts.items():
+        if count and name != "samples":
+            say(f"{name.replace('_', ' ')}: {count}")
+    if losses:
+        say(f"final loss {losses[-1]['loss']} after {trainer.state.global_step} steps: {folder}")
+    if not losses:
+        raise UserError(f"{folder}: no loss was logged: lower trainer.logging_steps")
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,112 @@
+"""The output folder of a run: what it is, whether it is done, where it goes on."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+from llava_uhd.checkpoint.manifest import read_manifest
+from llava_uhd.config.training import Recipe
+from llava_uhd.config.typed import load_yaml
+from llava_uhd.errors import UserError
+from llava_uhd.train.trainer import TRAINABLE_FILE
+
+logger = logging.getLogger(__name__)
+
+RECIPE_FILE = "recipe.yaml"
+
+# Changing these between a kill and the next start does not change what is computed.
+_HARMLESS = (
+    "logging_steps",
+    "save_steps",
+    "save_total_limit",
+    "save_strategy",
+    "report_to",
+    "dataloader_num_workers",
+    "disable_tqdm",
+    "output_dir",
+)
+
+
+def _comparable(values: dict[str, Any]) -> dict[str, Any]:
+    values = json.loads(json.dumps(values, default=str))
+    for key in _HARMLESS:
+        values.get("trainer", {}).pop(key, None)
+    values.pop("name", None)
+    return values
+
+
+def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    """Dotted keys whose values differ between two nested recipes, with both values."""
+    found = []
+    for key in sorted(before.keys() | now.keys()):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            found.append(f"{prefix}{key} was {old}, is {new}")
+    return found
+
+
+def is_finished(recipe: Recipe) -> bool:
+    """Whether this very run has written its result already.
+
+    Raises:
+        UserError: the output folder holds a run with other settings.
+    """
+    folder = Path(recipe.output_dir)
+    path = folder / RECIPE_FILE
+    if path.is_file():
+        changed = differences(_comparable(load_yaml(path)), _comparable(recipe.to_dict()))
+        if changed:
+            raise UserError(
+                f"{folder} holds a run with other settings ({'; '.join(changed[:4])}): set "
+                "--trainer.output_dir to a new folder, or remove this one"
+            )
+    return bool(read_manifest(folder).get("finished"))
+
+
+def prepare_output(recipe: Recipe) -> Path:
+    """Makes the output folder and writes the resolved recipe.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    folder = Path(recipe.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"output folder {folder} cannot be written: {error}") from error
+    return folder
+
+
+def last_complete_checkpoint(folder: Path) -> Path | None:
+    """Newest ``checkpoint-N`` that was written to its end.
+
+    The trainer state is written last, so a folder that a kill left half-written lacks it; such
+    folders are removed, because a later step would mix old and new files in them.
+    """
+    found: list[tuple[int, Path]] = []
+    for path in folder.glob("checkpoint-*"):
+        number = path.name.rpartition("-")[2]
+        if not number.isdigit():
+            continue
+        if _is_complete(path):
+            found.append((int(number), path))
+        else:
+            logger.warning("removing %s: it was not written to its end", path)
+            shutil.rmtree(path)
+    return max(found)[1] if found else None
+
+
+def _is_complete(path: Path) -> bool:
+    try:
+        state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return False
+    weights = (TRAINABLE_FILE, "model.safetensors", "model.safetensors.index.json")
+    return "global_step" in state and any((path / name).is_file() for name in weights)

@@ -1,0 +1,143 @@
+"""The transformers Trainer with our data order, our rates, and small checkpoints."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils.data import Sampler
+from transformers import Trainer
+
+from llava_uhd.checkpoint.parts import PROJECTOR_FILE, save_projector
+from llava_uhd.config.training import Recipe
+from llava_uhd.data.dataset import ConversationDataset
+from llava_uhd.data.sampler import ModalityLengthSampler, SeededSampler
+from llava_uhd.errors import UserError
+from llava_uhd.train.stages import parameter_groups
+
+logger = logging.getLogger(__name__)
+
+TRAINABLE_FILE = "trainable.safetensors"
+
+
+class StageTrainer(Trainer):
+    """Trains one stage of a recipe.
+
+    While a part is frozen its weights are not written into intermediate checkpoints: they hold
+    the learning parameters, the optimizer and everything else a resumed run needs.
+
+    Args:
+        recipe: of the run.
+        only_projector: the finished stage is written as a projector file, not as a whole model.
+        **kwargs: of ``transformers.Trainer``.
+    """
+
+    train_dataset: ConversationDataset
+    optimizer: torch.optim.Optimizer | None
+
+    def __init__(self, recipe: Recipe, only_projector: bool, **kwargs: Any) -> None:
+        self.recipe = recipe
+        self.only_projector = only_projector
+        self.finishing = False
+        self._samples = self._tokens = 0
+        self._clock = time.perf_counter()
+        super().__init__(**kwargs)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        dataset = self.train_dataset
+        if self.recipe.trainer.group_by_modality_length:
+            return ModalityLengthSampler(
+                dataset.modality_lengths,
+                self.args.train_batch_size,
+                self.args.world_size * self.args.gradient_accumulation_steps,
+                self.args.seed,
+                dataset.set_epoch,
+            )
+        return SeededSampler(len(dataset), self.args.seed, dataset.set_epoch)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """One group per part, so that each has its own rate."""
+        if self.optimizer is None:
+            target = self.model if model is None else model
+            groups = parameter_groups(
+                target,
+                self.recipe.stage,
+                self.args.learning_rate,
+                self.args.weight_decay,
+                set(self.get_decay_parameter_names(target)),
+            )
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, target)
+            self.optimizer = kind(groups, **options)
+        return self.optimizer
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """One micro-batch; counts samples and tokens for the log."""
+        mask = inputs["attention_mask"]
+        self._samples += mask.shape[0]
+        self._tokens += int(mask.sum())
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Adds samples and tokens per second, over all devices, since the last entry."""
+        if "loss" in logs:
+            now = time.perf_counter()
+            seconds = max(now - self._clock, 1e-9)
+            ranks = max(self.args.world_size, 1)
+            logs["samples_per_second"] = round(self._samples * ranks / seconds, 2)
+            logs["tokens_per_second"] = round(self._tokens * ranks / seconds, 1)
+            self._samples, self._tokens, self._clock = 0, 0, now
+        super().log(logs, *args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        learning = {name for name, p in self.model.named_parameters() if p.requires_grad}
+        everything = len(learning) == len(dict(self.model.named_parameters()))
+        if everything or (self.finishing and not self.only_projector):
+            super()._save(output_dir, state_dict)
+            return
+        if not self.args.should_save:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        state = self.model.state_dict() if state_dict is None else state_dict
+        if self.finishing:
+            projector = {k: v for k, v in state.items() if k.startswith("projector.")}
+            save_projector(folder / PROJECTOR_FILE, projector, self.model.config)
+            self.model.config.save_pretrained(folder)
+            self.processing_class.save_pretrained(folder)
+            return
+        kept = {
+            name: tensor.detach().cpu().contiguous()
+            for name, tensor in state.items()
+            if name in learning
+        }
+        save_file(kept, folder / TRAINABLE_FILE, metadata={"format": "pt"})
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        file = Path(resume_from_checkpoint) / TRAINABLE_FILE
+        if not file.is_file():
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        target = self.model if model is None else model
+        state = load_file(file)
+        learning = {name for name, p in target.named_parameters() if p.requires_grad}
+        if set(state) != learning:
+            different = sorted(set(state) ^ learning)
+            raise UserError(
+                f"{file} was written by a run in which other parts learn "
+                f"({', '.join(different[:4])}, ...): use another trainer.output_dir"
+            )
+        target.load_state_dict(state, strict=False)
+
+    def finish(self) -> None:
+        """Writes the finished stage into the output folder (all ranks take part)."""
+        self.finishing = True
+        self.save_model(self.args.output_dir)
