@@ -1,0 +1,1 @@
+"""The embedded demonstration: from nothing to a model that reads, with a report."""

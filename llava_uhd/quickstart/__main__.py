@@ -1,0 +1,178 @@
+"""``python -m llava_uhd.quickstart``: draw data, pretrain, finetune, evaluate, report.
+
+Every step is a command of its own that a user could type, runs in its own process, and goes on
+where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from llava_uhd.errors import UserError, command
+from llava_uhd.quickstart.report import Arm, write_report
+
+console = Console(highlight=False)
+
+TIMES_FILE = "times.json"
+
+# name -> (recipe of the second stage, title, what it shows)
+ARMS = {
+    "quickstart": (
+        "quickstart/finetune",
+        "native-resolution slices",
+        "slices cut from the picture at its own resolution, and the overview",
+    ),
+    "quickstart-squeeze": (
+        "quickstart/finetune_squeeze",
+        "one low-resolution square",
+        "the whole picture squeezed into one square view, as fixed-resolution models read it",
+    ),
+    "quickstart-blurred": (
+        "quickstart/finetune_blurred",
+        "slices without detail",
+        "the same slices and as many tokens, cut from a low-resolution copy blown up again",
+    ),
+}
+
+# What --short changes: every step runs, nothing is learned.
+SHORT = ["--trainer.max_steps", "6", "--trainer.save_steps", "3"]
+
+
+@dataclass
+class Run:
+    """One call of the quickstart.
+
+    Attributes:
+        root: folder of the checkpoints.
+        short: few steps and questions.
+        seed: of both training stages; None keeps the recipes'.
+        device_words: extra words of every training command.
+    """
+
+    root: Path
+    short: bool
+    seed: int | None
+
+    @property
+    def pretrained(self) -> Path:
+        """Output of the first stage."""
+        return self.root / "quickstart-pretrain"
+
+    def training_words(self) -> list[str]:
+        """Overrides that every training command gets."""
+        words = SHORT if self.short else []
+        return words if self.seed is None else [*words, "--trainer.seed", str(self.seed)]
+
+
+def main() -> None:
+    """Command line, see the module's first line."""
+    options = parse()
+    run = Run(options.output_dir, options.short, options.seed)
+    arms = list(ARMS) if options.compare else ["quickstart"]
+    started = time.perf_counter()
+    step(
+        run,
+        "pretrain",
+        "Pretrain: projector and the small language model learn to read single tiles",
+        train_command(run, "quickstart/pretrain", run.pretrained),
+    )
+    for name in arms:
+        recipe, title, _ = ARMS[name]
+        folder = run.root / name
+        words = ["--model.checkpoint", str(run.pretrained)]
+        step(
+            run,
+            f"finetune {name}",
+            f"Finetune: {title}",
+            train_command(run, recipe, folder, words),
+        )
+        evaluate = ["llava_uhd.eval", "run", str(folder), "--tasks", "synthetic"]
+        limit = ["--limit", "8"] if run.short else []
+        step(run, f"eval {name}", f"Evaluate: {title}", [*evaluate, *limit])
+    report = write_report(
+        run.root / "quickstart",
+        [Arm(run.root / name, *ARMS[name][1:]) for name in ARMS if _is_evaluated(run.root / name)],
+        run.pretrained,
+        _times(run),
+    )
+    minutes = (time.perf_counter() - started) / 60
+    conclude(run, report, minutes)
+
+
+def parse() -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m llava_uhd.quickstart", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument(
+        "--compare", action="store_true", help="also train and evaluate the two control arms"
+    )
+    parser.add_argument("--short", action="store_true", help="every step, but hardly any training")
+    parser.add_argument("--output-dir", type=Path, default=Path("checkpoints"))
+    parser.add_argument("--seed", type=int, help="seed of the training; default: the recipes'")
+    return parser.parse_args()
+
+
+def train_command(run: Run, recipe: str, folder: Path, words: list[str] | None = None) -> list[str]:
+    """Module and arguments of one training stage."""
+    output = ["--trainer.output_dir", str(folder)]
+    return ["llava_uhd.train", recipe, *output, *(words or []), *run.training_words()]
+
+
+def step(run: Run, name: str, title: str, words: list[str]) -> None:
+    """Runs one command in its own process and records how long it took.
+
+    Raises:
+        UserError: the command failed; its own message stands above.
+    """
+    console.rule(f"[bold]{title}")
+    console.print(f"python -m {' '.join(words)}", style="dim", soft_wrap=True)
+    started = time.perf_counter()
+    status = subprocess.run([sys.executable, "-m", *words], check=False).returncode
+    if status:
+        raise UserError(
+            f"'python -m {' '.join(words)}' ended with status {status}: see its message above; "
+            "the quickstart goes on from there when it is started again"
+        )
+    seconds = time.perf_counter() - started
+    times = _times(run)
+    # A step that had been done before takes a moment: its first time is the one worth keeping.
+    times[name] = max(seconds, times.get(name, 0.0))
+    run.root.mkdir(parents=True, exist_ok=True)
+    (run.root / "quickstart-pretrain").mkdir(exist_ok=True)
+    (run.pretrained / TIMES_FILE).write_text(json.dumps(times, indent=2) + "\n", encoding="utf-8")
+
+
+def _times(run: Run) -> dict[str, float]:
+    """Seconds of the steps done so far."""
+    path = run.pretrained / TIMES_FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _is_evaluated(folder: Path) -> bool:
+    return (folder / "eval" / "synthetic" / "scores.json").is_file()
+
+
+def conclude(run: Run, report: Path, minutes: float) -> None:
+    """Says where everything is and how to talk to the model."""
+    folder = run.root / "quickstart"
+    console.rule("[bold]Done")
+    console.print(f"{minutes:.1f} minutes. Report with pictures: {report}", soft_wrap=True)
+    picture = Path("playground/data/quickstart/images/eval/000000.png")
+    console.print("Talk to the model:", soft_wrap=True)
+    console.print(
+        f"  python -m llava_uhd.serve.cli --model-path {folder} --image-file {picture}",
+        soft_wrap=True,
+    )
+
+
+if __name__ == "__main__":
+    command(main)
