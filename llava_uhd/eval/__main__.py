@@ -1,0 +1,256 @@
+"""Evaluation.
+
+::
+
+    python -m llava_uhd.eval run CHECKPOINT [--tasks A,B]    answers and scores
+    python -m llava_uhd.eval score RESULTS_DIR               scores saved answers again
+    python -m llava_uhd.eval list                            tasks, and where their data come from
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from transformers.utils import logging as transformers_logging
+
+from llava_uhd.checkpoint.load import load_pretrained, parse_dtype
+from llava_uhd.checkpoint.sources import find_checkpoint, resolve_folder
+from llava_uhd.checkpoint.weights import read_json
+from llava_uhd.errors import UserError, command
+from llava_uhd.eval.answers import SETTINGS_FILE
+from llava_uhd.eval.generate import Answerer, Limits
+from llava_uhd.eval.provenance import data_digest, model_digest, provenance
+from llava_uhd.eval.ranks import Ranks
+from llava_uhd.eval.results import RESULTS_NAME, TaskResult, write_results
+from llava_uhd.eval.runner import RUN_FILE, Job, make_limits, prepare, run_job, score_again
+from llava_uhd.eval.task import DATA_ROOT, Task
+from llava_uhd.eval.tasks import TASKS
+from llava_uhd.model.devices import choose_device, choose_dtype
+
+
+def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m llava_uhd.eval",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="answer and score")
+    run.add_argument("checkpoint", help="folder, name under checkpoints/, or hub id")
+    run.add_argument("--tasks", help="comma-separated; default: all whose data are here")
+    run.add_argument("--limit", type=int, help="only the first N items: a trial, not comparable")
+    run.add_argument("--batch-size", type=int, default=8)
+    run.add_argument("--beams", type=int, help="default: the task's own")
+    run.add_argument("--max-new-tokens", type=int, help="default: the task's own")
+    run.add_argument("--data-root", type=Path, help=f"default: {DATA_ROOT}")
+    run.add_argument("--output", type=Path, help="default: CHECKPOINT/eval")
+    run.add_argument("--overwrite", action="store_true", help="throw earlier answers away")
+    run.add_argument("--device", help="cuda, cuda:N, mps, cpu; default: the best one here")
+    run.add_argument("--dtype", help="float32, bfloat16, float16; default: by device")
+    run.add_argument("--model-base", help="language model of a projector-only checkpoint")
+    run.add_argument("--vision-tower", help="folder of a tower that replaces the checkpoint's")
+    score = commands.add_parser("score", help="score saved answers again, without a model")
+    score.add_argument("results", type=Path, help="folder that a run wrote")
+    score.add_argument("--data-root", type=Path, help="default: where the run found them")
+    listing = commands.add_parser("list", help="tasks and their data")
+    listing.add_argument("--data-root", type=Path, help=f"default: {DATA_ROOT}")
+    return parser.parse_args(words)
+
+
+def main(words: list[str] | None = None) -> int:
+    """Runs the command; 0 if every item was answered and scored, 1 if not."""
+    logging.basicConfig(format="%(message)s")
+    transformers_logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+    options = parse_arguments(words)
+    if options.command == "list":
+        return list_tasks(options)
+    if options.command == "score":
+        return score_command(options)
+    return run_command(options)
+
+
+def choose_tasks(names: str | None, data_root: Path | None, console: Console) -> list[Task]:
+    """Tasks by name, or all whose data are present (the others are reported).
+
+    Raises:
+        UserError: unknown task, or its data are missing, or none has data.
+    """
+    if names is not None:
+        chosen = [name.strip() for name in names.split(",") if name.strip()]
+        if not chosen:
+            raise UserError(f"--tasks '{names}' names no task (known: {', '.join(TASKS.names())})")
+        tasks = [TASKS.get(name) for name in dict.fromkeys(chosen)]
+        missing = [task.missing(task.root(data_root)) for task in tasks]
+        if any(missing):
+            raise UserError("; ".join(filter(None, missing)))
+        return tasks
+    present, absent = [], []
+    for name in TASKS.names():
+        message = TASKS.get(name).missing(TASKS.get(name).root(data_root))
+        if message is None:
+            present.append(TASKS.get(name))
+        else:
+            absent.append(message)
+    if not present:
+        raise UserError("no task has its data here: " + "; ".join(absent))
+    for message in absent:
+        console.print(f"left out: {message}", markup=False, highlight=False, soft_wrap=True)
+    return present
+
+
+def run_command(options: argparse.Namespace) -> int:
+    """``run``: answers and scores."""
+    ranks = Ranks.from_environment()
+    console = Console(stderr=True, quiet=ranks.rank > 0)
+    if options.limit is not None and options.limit < 1:
+        raise UserError(f"--limit {options.limit}: must be at least 1")
+    tasks = choose_tasks(options.tasks, options.data_root, console)
+    limits = {
+        task.name: make_limits(task, options.beams, options.max_new_tokens, options.batch_size)
+        for task in tasks
+    }
+    device = choose_device(_device_name(options.device, ranks))
+    dtype = parse_dtype(options.dtype) if options.dtype else choose_dtype(device)
+    checkpoint = find_checkpoint(options.checkpoint)
+    folder = resolve_folder(checkpoint, "checkpoint")
+    output = options.output or _default_output(str(checkpoint), folder)
+    model, processor = load_pretrained(
+        folder, options.model_base, options.vision_tower, dtype=dtype, device=device
+    )
+    settings = {
+        "model": model_digest(folder),
+        "base": _digest_of(options.model_base, "language model"),
+        "vision_tower": _digest_of(options.vision_tower, "vision tower"),
+        "template": processor.template_name,
+        "image": dataclasses.asdict(processor.image_config),
+        "dtype": str(dtype).removeprefix("torch."),
+        "protocol": "ours",
+    }
+    facts = {"checkpoint": str(checkpoint), **provenance(device, ranks.size)}
+    jobs = [make_job(task, limits[task.name], settings, facts, options, output) for task in tasks]
+    ranks.connect()
+    try:
+        prepare(jobs, ranks, options.overwrite)
+        failed = 0
+        for job in jobs:
+            answerer = Answerer(model, processor, job.task, limits[job.task.name])
+            _, failures = run_job(job, answerer, ranks, console)
+            failed += len(failures)
+            for each in failures[:20]:
+                text = f"failed: {job.task.name} {each.id!r}: {each.reason}"
+                console.print(text, markup=False, highlight=False, soft_wrap=True)
+        ranks.wait()
+    finally:
+        ranks.disconnect()
+    if ranks.rank > 0:
+        return int(failed > 0)
+    return report(output, str(checkpoint), [task.name for task in tasks])
+
+
+def make_job(
+    task: Task,
+    limits: Limits,
+    settings: dict[str, Any],
+    facts: dict[str, Any],
+    options: argparse.Namespace,
+    output: Path,
+) -> Job:
+    """Reads the items of a task and completes the settings."""
+    root = task.root(options.data_root)
+    items = task.load(root)
+    return Job(
+        task=task,
+        items=items,
+        limit=options.limit,
+        folder=output / task.name,
+        data=root.absolute(),
+        settings={
+            **settings,
+            "task": task.name,
+            "task_version": task.version,
+            "questions": data_digest(task, items),
+            "beams": limits.beams,
+            "max_new_tokens": limits.max_new_tokens,
+        },
+        provenance=facts,
+    )
+
+
+def _device_name(name: str | None, ranks: Ranks) -> str | None:
+    """The GPU of this process when there are several; otherwise what the user said."""
+    if name in (None, "auto", "cuda") and ranks.size > 1 and torch.cuda.is_available():
+        return f"cuda:{ranks.local_rank % torch.cuda.device_count()}"
+    return name
+
+
+def _default_output(name: str, folder: Path) -> Path:
+    # Results of a hub model do not belong into the hub's cache.
+    return (
+        folder / "eval" if Path(name).is_dir() else Path("checkpoints") / Path(name).name / "eval"
+    )
+
+
+def _digest_of(path: str | None, what: str) -> str | None:
+    return None if path is None else model_digest(resolve_folder(path, what))
+
+
+def report(output: Path, title: str, names: list[str]) -> int:
+    """Writes and shows the table; 1 if one of the named tasks has no score."""
+    results = write_results(output, title)
+    show(results)
+    Console().print(f"{output / RESULTS_NAME}.md", highlight=False, soft_wrap=True)
+    return int(any(result.problem for result in results if result.task in names))
+
+
+def show(results: list[TaskResult]) -> None:
+    """Prints the table of scores."""
+    table = Table("task", "metric", "score", "items", "note")
+    for result in results:
+        for row in result.rows:
+            text = "-" if row.value is None else f"{row.value:.4g}"
+            text += "" if row.error is None else f" ± {row.error:.2g}"
+            about = (escape(result.title), row.metric, text, str(row.items), escape(result.note))
+            table.add_row(*about)
+    Console().print(table)
+
+
+def score_command(options: argparse.Namespace) -> int:
+    """``score``: every task of a results folder, from its saved answers."""
+    folders = [path.parent for path in sorted(options.results.glob(f"*/{SETTINGS_FILE}"))]
+    if not folders:
+        raise UserError(
+            f"{options.results} holds no results: name the folder that a run wrote "
+            "(CHECKPOINT/eval)"
+        )
+    for folder in folders:
+        score_again(folder, TASKS.get(folder.name), options.data_root)
+    recorded = read_json(folders[0] / RUN_FILE).get("checkpoint", options.results)
+    return report(options.results, str(recorded), [folder.name for folder in folders])
+
+
+def list_tasks(options: argparse.Namespace) -> int:
+    """``list``: registered tasks, whether their data are here, and where they come from."""
+    table = Table("task", "title", "data", "metric", "where to get it")
+    for name in TASKS.names():
+        task = TASKS.get(name)
+        root = task.root(options.data_root)
+        here = f"{root}" if task.missing(root) is None else "missing"
+        table.add_row(*map(escape, (name, task.title, here, task.main_metric, task.source)))
+    Console().print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,264 @@
+"""Scores of one or more tasks as a table, in Markdown, CSV and JSON."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from llava_uhd.errors import UserError
+from llava_uhd.eval.answers import Answer, write_json, write_lines
+from llava_uhd.eval.metrics import mean, standard_error
+from llava_uhd.eval.task import Item, Scored, Task
+
+SCORES_FILE = "scores.json"
+ITEMS_FILE = "items.jsonl"
+RESULTS_NAME = "results"
+
+
+class Row(NamedTuple):
+    """One score in a table: metric, value, standard error, number of items."""
+
+    metric: str
+    value: float | None
+    error: float | None
+    items: int
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """Everything a table says about a task.
+
+    Attributes:
+        task: registered name.
+        title: of the task.
+        metric: the main one.
+        scores: metric -> value; empty when the task could not be scored.
+        error: standard error of the main metric over the items, if it is their mean.
+        items: number of scored items.
+        counts: metric -> number of items it applies to, where that is not all of them.
+        of: number of items of the whole task.
+        problem: why there is no score, or an empty text.
+        settings: protocol of the run.
+        breakdown: group -> value -> scores.
+    """
+
+    task: str
+    title: str
+    metric: str
+    scores: Mapping[str, float] = field(default_factory=dict)
+    error: float | None = None
+    items: int = 0
+    counts: Mapping[str, int] = field(default_factory=dict)
+    of: int = 0
+    problem: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    breakdown: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
+
+    @property
+    def note(self) -> str:
+        """What a reader of the number has to know."""
+        if self.problem:
+            return self.problem
+        return f"first {self.items} of {self.of} only: not comparable" * (self.items < self.of)
+
+    @property
+    def rows(self) -> list[Row]:
+        """One per score; one without a value if there is none."""
+        return [
+            Row(
+                name,
+                value,
+                self.error if name == self.metric else None,
+                self.counts.get(name, self.items),
+            )
+            for name, value in self.scores.items()
+        ] or [Row(self.metric, None, None, self.items)]
+
+
+def check_ids(wanted: Sequence[Item], known: Sequence[Item], answered: Mapping[Any, Any]) -> str:
+    """Compares answered with wanted ids.
+
+    Args:
+        wanted: items to score now.
+        known: all items of the task.
+        answered: by id.
+
+    Returns:
+        An empty text, or what is missing or foreign.
+    """
+    missing = [item.id for item in wanted if item.id not in answered]
+    foreign = sorted(map(repr, set(answered) - {item.id for item in known}))
+    problems = []
+    if missing:
+        some = ", ".join(map(repr, missing[:5])) + (", ..." if len(missing) > 5 else "")
+        problems.append(f"{len(missing)} of {len(wanted)} items have no answer ({some})")
+    if foreign:
+        problems.append(f"{len(foreign)} answers belong to no item ({', '.join(foreign[:5])})")
+    return "; ".join(problems)
+
+
+def score_answers(
+    task: Task,
+    items: Sequence[Item],
+    answers: Mapping[str | int, Answer],
+    total: int,
+    settings: Mapping[str, Any],
+) -> tuple[TaskResult, list[Scored]]:
+    """Scores complete answers.
+
+    Args:
+        task: scores them.
+        items: each has an answer.
+        answers: by id.
+        total: number of items of the whole task.
+        settings: shown beside the scores.
+    """
+    scored = []
+    for item in items:
+        text = answers[item.id].text
+        parsed = task.parse(item, text)
+        scored.append(Scored(item, text, parsed, task.score(item, parsed)))
+    scores = task.aggregate(scored)
+    main = [each.metrics[task.main_metric] for each in scored if task.main_metric in each.metrics]
+    # Only where the score is a plain mean does its error follow from the items.
+    plain = bool(main) and math.isclose(mean(main), scores.get(task.main_metric, math.nan))
+    result = TaskResult(
+        task=task.name,
+        title=task.title,
+        metric=task.main_metric,
+        scores=scores,
+        error=standard_error(main) if plain else None,
+        items=len(scored),
+        counts={name: count for name, count in _counts(scored).items() if name in scores},
+        of=total,
+        settings=dict(settings),
+        breakdown=task.breakdown(scored),
+    )
+    return result, scored
+
+
+def _counts(scored: Sequence[Scored]) -> dict[str, int]:
+    return dict(Counter(name for each in scored for name in each.metrics))
+
+
+def item_rows(scored: Sequence[Scored], answers: Mapping[str | int, Answer]) -> list[dict]:
+    """One row per item, for viewers: what was asked, said, read, expected, and its scores."""
+    return [
+        {
+            "id": each.item.id,
+            "images": [str(image) for image in each.item.images if isinstance(image, str | Path)],
+            "question": each.item.question,
+            "prompt": answers[each.item.id].prompt,
+            "answer": each.answer,
+            "parsed": each.parsed,
+            "reference": each.item.reference,
+            "metrics": dict(each.metrics),
+            "groups": dict(each.item.groups),
+            "prompt_tokens": answers[each.item.id].prompt_tokens,
+            "new_tokens": answers[each.item.id].new_tokens,
+        }
+        for each in scored
+    ]
+
+
+def write_task(folder: Path, result: TaskResult, rows: Sequence[dict] = ()) -> None:
+    """Writes the scores of one task, and its items if it was scored."""
+    write_json(folder / SCORES_FILE, asdict(result))
+    if rows:
+        write_lines(folder / ITEMS_FILE, rows)
+    else:
+        (folder / ITEMS_FILE).unlink(missing_ok=True)
+
+
+def collect(output: Path) -> list[TaskResult]:
+    """Results of all tasks under a results folder, by name.
+
+    Raises:
+        UserError: a damaged file.
+    """
+    results = []
+    for path in sorted(output.glob(f"*/{SCORES_FILE}")):
+        try:
+            results.append(TaskResult(**json.loads(path.read_text("utf-8"))))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{path} is damaged ({error}): remove it and score again") from error
+    return results
+
+
+def write_results(output: Path, title: str) -> list[TaskResult]:
+    """Writes ``results.md``, ``.csv`` and ``.json`` over all tasks of a results folder."""
+    results = collect(output)
+    write_json(
+        output / f"{RESULTS_NAME}.json",
+        {"model": title, "tasks": {result.task: asdict(result) for result in results}},
+    )
+    (output / f"{RESULTS_NAME}.md").write_text(markdown(results, title), "utf-8")
+    (output / f"{RESULTS_NAME}.csv").write_text(as_csv(results), "utf-8")
+    return results
+
+
+def protocol(result: TaskResult) -> str:
+    """The protocol of a row in words."""
+    known = result.settings
+    return f"{known.get('protocol', 'ours')}, beams {known.get('beams', '?')}"
+
+
+def markdown(results: Sequence[TaskResult], title: str) -> str:
+    """Table of all tasks, then the breakdowns."""
+    lines = [f"# {_cell(title)}", ""]
+    lines += _table(
+        ["task", "metric", "score", "± s.e.", "items", "protocol", "note"],
+        [
+            [
+                result.title,
+                row.metric + " (main)" * (row.metric == result.metric and len(result.scores) > 1),
+                "-" if row.value is None else f"{row.value:.4g}",
+                "" if row.error is None else f"{row.error:.2g}",
+                row.items,
+                protocol(result),
+                result.note,
+            ]
+            for result in results
+            for row in result.rows
+        ],
+    )
+    for result in results:
+        for group, values in result.breakdown.items():
+            names = dict.fromkeys(name for scores in values.values() for name in scores)
+            lines += ["", f"## {_cell(result.title)} by {_cell(group)}", ""]
+            rows = [
+                [value, *(f"{scores[name]:.4g}" if name in scores else "" for name in names)]
+                for value, scores in values.items()
+            ]
+            lines += _table([group, *names], rows)
+    return "\n".join(lines) + "\n"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
+    lines = [head, ["---"] * len(head), *rows]
+    return ["| " + " | ".join(_cell(str(cell)) for cell in line) + " |" for line in lines]
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def as_csv(results: Sequence[TaskResult]) -> str:
+    """One line per task and metric."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(["task", "metric", "main", "score", "error", "items", "of", "protocol", "note"])
+    for result in results:
+        for row in result.rows:
+            numbers = ["" if number is None else repr(number) for number in (row.value, row.error)]
+            about = [row.items, result.of, protocol(result), result.note]
+            main = int(row.metric == result.metric)
+            writer.writerow([result.task, row.metric, main, *numbers, *about])
+    return buffer.getvalue()
