@@ -197,12 +197,9 @@ class LlavaUHDForConditionalGeneration(PreTrainedModel, GenerationMixin):
             use_cache=False if labels is not None else use_cache,
             **kwargs,
         )
-        hidden, head = outputs.last_hidden_state, self.get_output_embeddings()
-        loss = logits = None
-        if labels is not None:
-            loss = supervised_loss(head, hidden, labels.to(hidden.device), num_items_in_batch)
-        if labels is None or logits_to_keep is not None:
-            logits = logits_at(head, hidden, 0 if logits_to_keep is None else logits_to_keep)
+        loss, logits = self._loss_and_logits(
+            outputs.last_hidden_state, labels, logits_to_keep, num_items_in_batch
+        )
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -210,6 +207,22 @@ class LlavaUHDForConditionalGeneration(PreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _loss_and_logits(
+        self,
+        hidden: torch.Tensor,
+        labels: torch.Tensor | None,
+        logits_to_keep: int | torch.Tensor | None,
+        num_items: torch.Tensor | int | None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """What `forward` computes of hidden states (B, T, D)."""
+        head = self.get_output_embeddings()
+        loss = logits = None
+        if labels is not None:
+            loss = supervised_loss(head, hidden, labels.to(hidden.device), num_items)
+        if labels is None or logits_to_keep is not None:
+            logits = logits_at(head, hidden, 0 if logits_to_keep is None else logits_to_keep)
+        return loss, logits
 
     @torch.no_grad()
     def generate(  # type: ignore[override]
