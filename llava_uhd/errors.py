@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import time
 from collections.abc import Callable
 from typing import NoReturn
+
+USER_ERROR_STATUS = 2
 
 
 class UserError(ValueError):
@@ -23,8 +27,12 @@ def command(main: Callable[[], int | None]) -> NoReturn:
     try:
         status = main() or 0
     except UserError as error:
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            # Most mistakes are made by all processes alike: the launcher ends this one as soon as
+            # the first has spoken. What only this one met is still told.
+            time.sleep(3)
         print(f"error: {error}", file=sys.stderr)
-        status = 2
+        status = USER_ERROR_STATUS
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         status = 130

@@ -65,7 +65,7 @@ launch() { # MODULE [ARGUMENT ...]
     else
         exec "$python" -m "$@"
     fi
-    exec "$python" -m torch.distributed.run "$@"
+    exec "$python" -m llava_uhd.launch "$@"
 }
 
 # Trains a recipe: the first word, unless it is an option, replaces the default.

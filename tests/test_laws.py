@@ -32,6 +32,7 @@ FLOORS = {
     "serve": 6,
     "bench": 6,
     "inspect": 6,
+    "launch": 6,
     "convert": 6,
     "quickstart": 7,
 }

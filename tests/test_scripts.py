@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -89,7 +90,7 @@ def test_launchers(
 
 
 def test_several_processes_and_machines(environment: dict[str, str]) -> None:
-    torchrun = f"{ROOT}: -m torch.distributed.run"
+    torchrun = f"{ROOT}: -m llava_uhd.launch"
     rest = "-m llava_uhd.train uhd_v1/pretrain_vicuna7b"
     status, _, asked = call(environment, "sh", "pretrain.sh", NPROC="2")
     assert (status, asked) == (0, [f"{torchrun} --standalone --nproc_per_node 2 {rest}"])
@@ -101,6 +102,21 @@ def test_several_processes_and_machines(environment: dict[str, str]) -> None:
         status, output, asked = call(environment, "sh", "pretrain.sh", **wrong)
         assert (status, asked) == (2, [])
         assert output.startswith("error: ") and output.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_mistake_is_one_line_in_several_processes() -> None:
+    variables = {**os.environ, "VIRTUAL_ENV": sys.prefix, "NPROC": "2"}
+    run = subprocess.run(
+        ["sh", "pretrain.sh", "nothing/like_it"],
+        cwd=ROOT,
+        env=variables,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 2
+    assert run.stderr.startswith("error: unknown recipe") and run.stderr.count("\n") == 1
 
 
 def test_paths_count_from_where_the_user_stands(
