@@ -165,7 +165,7 @@ class LlavaUHDForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
         Args:
             input_ids: (B, T), or ``inputs_embeds`` (B, T, D).
-            attention_mask: (B, T), 1 on tokens.
+            attention_mask: (B, T).
             position_ids: (B, T); restarting positions pack several samples in a row (no mask then).
             past_key_values: cache of earlier positions.
             inputs_embeds: instead of ``input_ids``.
@@ -174,14 +174,12 @@ class LlavaUHDForConditionalGeneration(PreTrainedModel, GenerationMixin):
             image_features: (N, D) instead of ``pixel_values``.
             labels: (B, T), -100 where nothing is learned; not shifted.
             use_cache: return the cache.
-            logits_to_keep: last positions to compute logits for, 0 for all. None means all without
-                labels and none with labels: the loss computes its own.
+            logits_to_keep: last positions with logits, 0: all. None: all, or none with labels.
             num_items_in_batch: learned tokens of the whole optimizer step.
             **kwargs: passed to the decoder.
 
         Returns:
-            ``loss`` float32 scalar with labels, ``logits`` (B, kept, vocabulary) or None,
-            ``past_key_values``, ``hidden_states``, ``attentions``.
+            ``loss`` (with labels), ``logits`` (B, kept, vocabulary) or None, cache and the like.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass either input_ids or inputs_embeds")
