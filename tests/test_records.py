@@ -40,11 +40,12 @@ def test_records_of_both_forms(folder: Path, tmp_path: Path, lines: bool) -> Non
     assert list(pickle.loads(pickle.dumps(records))) == list(records)
 
 
-def test_golden_samples_have_the_published_lengths(golden: Path) -> None:
-    source = golden / "uhd_v1"
-    records = read_records(str(source / "train_samples.json"), source / "images")
-    assert records.modality_lengths == [29, -17, 13]
-    assert records.lengths == [157, 17, 141]
+def test_lengths_are_the_published_ones(golden: Path) -> None:
+    source = golden / "llava_1_5/model"
+    wanted = json.loads((source / "cases.json").read_text())["train"]
+    records = read_records(source / wanted["data"], source / "images")
+    assert records.lengths == wanted["lengths"]
+    assert records.modality_lengths == wanted["modality_lengths"]
 
 
 def test_several_files_and_long_lists(

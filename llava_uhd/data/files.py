@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import os
 import stat
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 
 from llava_uhd.errors import UserError
 
@@ -54,6 +54,7 @@ class ImageRoot:
             )
         self.path = path
         self.follow_links = follow_links
+        self._prefix = os.path.join(path, "")
         self._real = os.path.realpath(path)
         # Images share few folders: each is resolved once.
         self._folders: dict[str, bool] = {}
@@ -68,21 +69,16 @@ class ImageRoot:
         Raises:
             UserError: the path leaves the folder.
         """
-        parts = PurePosixPath(image).parts
-        if (
-            "\0" in image
-            or ".." in parts
-            or PurePosixPath(image).is_absolute()
-            or PureWindowsPath(image).is_absolute()
-            or ".." in PureWindowsPath(image).parts
-        ):
+        # Both kinds of separators and drive letters: a data file may come from another system.
+        plain = image.replace("\\", "/")
+        if "\0" in image or plain.startswith("/") or plain[1:2] == ":" or ".." in plain.split("/"):
             raise UserError(f"image path {image!r} is refused: it must stay inside {self.path}")
         if not look:
             return ImageStatus.UNCHECKED
         return self._look(image)
 
     def _look(self, image: str) -> ImageStatus:
-        file = os.path.join(self.path, image)
+        file = f"{self._prefix}{image}"
         try:
             mode = os.lstat(file).st_mode
         except OSError:
