@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import logging
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,8 @@ def main(words: list[str] | None = None) -> int:
     """Runs the command; 0 if every item was answered and scored, 1 if not."""
     logging.basicConfig(format="%(message)s")
     transformers_logging.set_verbosity_error()
+    # Notes for developers of other libraries; users get errors of one line.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
     options = parse_arguments(words)
@@ -129,12 +132,13 @@ def run_command(options: argparse.Namespace) -> int:
     model, processor = load_pretrained(
         folder, options.model_base, options.vision_tower, dtype=dtype, device=device
     )
+    image = dataclasses.asdict(processor.image_config)
     settings = {
         "model": model_digest(folder),
         "base": _digest_of(options.model_base, "language model"),
         "vision_tower": _digest_of(options.vision_tower, "vision tower"),
         "template": processor.template_name,
-        "image": dataclasses.asdict(processor.image_config),
+        **{f"image.{key}": value for key, value in image.items()},
         "dtype": str(dtype).removeprefix("torch."),
         "protocol": "ours",
     }
@@ -242,12 +246,14 @@ def score_command(options: argparse.Namespace) -> int:
 
 def list_tasks(options: argparse.Namespace) -> int:
     """``list``: registered tasks, whether their data are here, and where they come from."""
-    table = Table("task", "title", "data", "metric", "where to get it")
+    table = Table("task", "title", "metric", "data", "where to get it")
+    for column in table.columns:
+        column.overflow = "fold"
     for name in TASKS.names():
         task = TASKS.get(name)
         root = task.root(options.data_root)
         here = f"{root}" if task.missing(root) is None else "missing"
-        table.add_row(*map(escape, (name, task.title, here, task.main_metric, task.source)))
+        table.add_row(*map(escape, (name, task.title, task.main_metric, here, task.source)))
     Console().print(table)
     return 0
 

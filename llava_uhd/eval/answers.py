@@ -99,10 +99,11 @@ def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
         raise UserError(f"{path} is damaged: start again with --overwrite") from None
     if settings_hash(found) == settings_hash(settings):
         return
+    now = json.loads(json.dumps(settings, default=str))  # tuples become lists, as on disk
     differing = [
-        f"{key} {_short(found.get(key))} -> {_short(settings.get(key))}"
-        for key in sorted({*found, *settings})
-        if found.get(key) != settings.get(key)
+        f"{key} {_short(found.get(key))} -> {_short(now.get(key))}"
+        for key in sorted({*found, *now})
+        if found.get(key) != now.get(key)
     ]
     raise UserError(
         f"{folder} holds answers made with other settings ({'; '.join(differing)}): start again "
