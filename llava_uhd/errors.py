@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 USER_ERROR_STATUS = 2
+# Set by `llava_uhd.launch`: many processes make the same mistake, the launcher tells it once.
+LAUNCHER_VARIABLE = "LLAVA_UHD_LAUNCHER"
 
 
 class UserError(ValueError):
@@ -19,6 +23,18 @@ class UserError(ValueError):
     """
 
 
+def _tell(error: UserError) -> None:
+    """Prints the line, or leaves it for the launcher where torchrun looks for reasons."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file and LAUNCHER_VARIABLE in os.environ:
+        reason = {"message": str(error), "extraInfo": {"timestamp": int(time.time())}}
+        Path(file).write_text(json.dumps({"message": reason}), encoding="utf-8")
+    else:
+        # A data loader's worker wraps its message in a traceback: the end is the message.
+        message = str(error).rpartition("UserError: ")[2].strip()
+        print(f"error: {message}", file=sys.stderr)
+
+
 def command(main: Callable[[], int | None]) -> NoReturn:
     """Runs the ``main`` of a command and leaves the process with its status.
 
@@ -27,11 +43,7 @@ def command(main: Callable[[], int | None]) -> NoReturn:
     try:
         status = main() or 0
     except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") != "0":
-            # Most mistakes are made by all processes alike: the launcher ends this one as soon as
-            # the first has spoken. What only this one met is still told.
-            time.sleep(3)
-        print(f"error: {error}", file=sys.stderr)
+        _tell(error)
         status = USER_ERROR_STATUS
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

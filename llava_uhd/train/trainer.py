@@ -11,7 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import Sampler
-from transformers import Trainer
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from llava_uhd.checkpoint.parts import PROJECTOR_FILE, save_projector
 from llava_uhd.config.training import Recipe
@@ -23,6 +29,26 @@ from llava_uhd.train.stages import parameter_groups
 logger = logging.getLogger(__name__)
 
 TRAINABLE_FILE = "trainable.safetensors"
+
+
+class EpochToSampler(TrainerCallback):
+    """Tells the sampler, and through it the data set, which epoch begins.
+
+    Data loaders of several processes and of resumed runs do not always pass it on.
+
+    Args:
+        trainer: whose sampler is meant.
+    """
+
+    def __init__(self, trainer: StageTrainer) -> None:
+        self.trainer = trainer
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Before the first batch of each epoch is drawn."""
+        if self.trainer.sampler is not None:
+            self.trainer.sampler.set_epoch(int(state.epoch or 0))
 
 
 class StageTrainer(Trainer):
@@ -46,9 +72,15 @@ class StageTrainer(Trainer):
         self.finishing = False
         self._samples = self._tokens = 0
         self._clock = time.perf_counter()
+        self.sampler: SeededSampler | None = None
         super().__init__(**kwargs)
+        self.add_callback(EpochToSampler(self))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        self.sampler = self._make_sampler()
+        return self.sampler
+
+    def _make_sampler(self) -> SeededSampler:
         dataset = self.train_dataset
         if self.recipe.trainer.group_by_modality_length:
             return ModalityLengthSampler(
