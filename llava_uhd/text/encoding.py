@@ -105,12 +105,24 @@ def encode_spans(
     for index, (chunk, learned) in enumerate(_chunks(text, spans)):
         if index:
             result.add_image(images[index - 1])
+        if chunk.startswith(" ") and _swallows_space(tokenizer):
+            chunk, learned = " " + chunk, learned[:1] + learned
         encoded = tokenizer(
             chunk, add_special_tokens=False, return_offsets_mapping=True, verbose=False
         )
         offsets = encoded["offset_mapping"]
         result.add(encoded["input_ids"], [any(learned[start:stop]) for start, stop in offsets])
     return result
+
+
+def _swallows_space(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a leading space takes the place of the word-start mark instead of following it.
+
+    Fast Llama tokenizers do that; the slow ones, with which the published models were trained,
+    write both.
+    """
+    spaced, bare = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (" a", "a"))
+    return spaced == bare
 
 
 def _chunks(text: str, spans: Sequence[Span]) -> Iterator[tuple[str, list[bool]]]:
