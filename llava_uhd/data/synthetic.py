@@ -231,13 +231,13 @@ def sign_cut(scene: Scene) -> str:
 def finetune_turns(scene: Scene, index: int) -> list[dict[str, str]]:
     """Conversation about a picture: the sign; for every third picture also its mark.
 
-    The order of the two questions alternates.
+    Colour and shape alternate, and so does the order of the two questions.
     """
     rounds = [(SIGN_QUESTION, scene.signs[0].text)]
     if index % 3 == 0:
-        kind = "colour" if index % 2 == 0 else "shape"
+        kind = "colour" if index // 3 % 2 == 0 else "shape"
         about_mark = (MARK_QUESTIONS[kind], getattr(scene.marks[0], kind))
-        rounds.insert(index // 3 % 2, about_mark)
+        rounds.insert(index // 6 % 2, about_mark)
     turns = []
     for number, (question, answer) in enumerate(rounds):
         prefix = "<image>\n" if number == 0 else ""
