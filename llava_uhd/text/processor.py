@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import AutoProcessor, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 from llava_uhd.config.model import ImageConfig, LlavaUHDConfig, ProjectorConfig, make_part
 from llava_uhd.errors import UserError
@@ -293,5 +293,7 @@ class LlavaUHDProcessor(ProcessorMixin):
             sample["view_grids"] = torch.cat(grids[:kept])
         return sample
 
+
+AutoProcessor.register(LlavaUHDConfig, LlavaUHDProcessor)
 
 __all__ = ["IGNORE_INDEX", "LlavaUHDProcessor"]

@@ -26,9 +26,9 @@ def extra_stops(template: Template, tokenizer: PreTrainedTokenizerBase) -> tuple
 
 
 def cut_at_stop(text: str, stops: Iterable[str]) -> str:
-    """Text before the first stop string.
+    r"""Text before the first stop string.
 
-    Example: ``cut_at_stop("red\\nblue", ("\\n",))`` is ``"red"``.
+    Example: ``cut_at_stop("red\nblue", ("\n",))`` is ``"red"``.
     """
     places = [place for place in (text.find(stop) for stop in stops) if place >= 0]
     return text[: min(places)] if places else text
