@@ -141,8 +141,6 @@ def test_captions_and_turns() -> None:
     assert caption(Scene((64, 64), signs=signs)) == "347,12"
     indices = range(10)
     answers = [[turn["value"] for turn in finetune_turns(scene, k)[1::2]] for k in indices]
-        [turn["value"] for turn in finetune_turns(scene, index)[1::2]] for index in range(10)
-    ]
     assert answers[1] == ["347"] and answers[0] == ["red", "347"]
     assert answers[3] == ["circle", "347"] and answers[6] == ["347", "red"]
     assert answers[9] == ["347", "circle"]
