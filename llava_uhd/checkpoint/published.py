@@ -66,6 +66,8 @@ def text_config(config: dict[str, Any], model_type: str) -> PreTrainedConfig:
     """Language-model part of a published configuration, without its storage dtype."""
     known = AutoConfig.for_model(model_type).to_dict().keys() | {"rope_theta", "rope_scaling"}
     skipped = {"model_type", "architectures", "torch_dtype", "dtype", "transformers_version"}
+    if config.get("rope_scaling") is None:
+        skipped.add("rope_scaling")  # the library warns of the old name even where it says nothing
     values = {key: value for key, value in config.items() if key in known - skipped}
     return AutoConfig.for_model(model_type, **values)
 

@@ -21,10 +21,11 @@ _SAMPLING_FIELDS = (
 
 
 class VocabularyLogitsProcessors(LogitsProcessorList):
-    """Logits processors that never see the image placeholder.
+    """Logits processors that never see the image placeholder, and never let it be generated.
 
-    The placeholder's id lies outside the vocabulary; processors that index scores by the ids of
-    the prompt (repetition penalty and the like) would fail on it. It is shown to them as id 0.
+    The placeholder's id lies outside the tokenizer's vocabulary; processors that index scores by
+    the ids of the prompt (repetition penalty and the like) would fail on it. It is shown to them
+    as id 0. A language model with more rows than tokens has a score for it, which is ruled out.
 
     Args:
         processors: of the library.
@@ -40,6 +41,9 @@ class VocabularyLogitsProcessors(LogitsProcessorList):
     ) -> torch.Tensor:
         """See ``transformers.LogitsProcessorList``."""
         if self.image_token_id is not None:
+            if self.image_token_id < scores.shape[-1]:
+                row = torch.tensor([self.image_token_id], device=scores.device)
+                scores = scores.index_fill(-1, row, -torch.inf)
             input_ids = input_ids.masked_fill(input_ids == self.image_token_id, 0)
         return super().__call__(input_ids, scores, **kwargs)
 

@@ -183,7 +183,9 @@ class LlavaUHDForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass either input_ids or inputs_embeds")
-        if inputs_embeds is None and input_ids is not None:
+        if inputs_embeds is not None and not (pixel_values is None and image_features is None):
+            raise ValueError("inputs_embeds hold their images already (see embed): pass no others")
+        if input_ids is not None:
             inputs_embeds = self.embed(input_ids, pixel_values, view_grids, image_features)
         outputs = decode(
             self.language_model,
@@ -286,8 +288,11 @@ class LlavaUHDForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return input_ids, model_kwargs
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> VocabularyLogitsProcessors:
+        placeholder, prompt = self.config.image.image_token_id, kwargs.get("encoder_input_ids")
+        if placeholder is not None and prompt is not None and prompt.dtype == torch.long:
+            kwargs["encoder_input_ids"] = prompt.masked_fill(prompt == placeholder, 0)
         processors = super()._get_logits_processor(*args, **kwargs)
-        return VocabularyLogitsProcessors(processors, self.config.image.image_token_id)
+        return VocabularyLogitsProcessors(processors, placeholder)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
         """The library's ``save_pretrained``, with a generation config that it accepts."""
