@@ -15,6 +15,9 @@ from math import ceil, floor, log, sqrt
 
 Size = tuple[int, int]
 
+# (columns, rows) of pooling bins in a window, in the published order of preference.
+POOL_SHAPES = ((4, 2), (3, 2), (4, 3), (3, 3), (2, 4), (2, 3), (3, 4))
+
 # A bounded plan lets no view be more than this many times as long as wide, so that a view never
 # has more patches than a square one. Only images beyond 16:1 reach the bound.
 MAX_ASPECT_RATIO = 16.0
@@ -236,6 +239,18 @@ def six_slice_size(width: int, height: int, scale_resolution: int = 336) -> Size
     check_size(width, height)
     ratio = sqrt(6 * scale_resolution * scale_resolution / height / width)
     return max(int(width * ratio), 1), max(int(height * ratio), 1)
+
+
+def pool_bins(rows: int, columns: int) -> tuple[int, int]:
+    """Bins (rows, columns) of a resampler's windows on a map: the shape nearest to the map's.
+
+    The first of equal candidates wins, as in the published code.
+
+    Example: a 24x24 map has 3x3 bins, 16 rows x 36 columns have 2x4.
+    """
+    target = log(columns / rows)
+    best = min(POOL_SHAPES, key=lambda shape: abs(target - log(shape[0] / shape[1])))
+    return best[1], best[0]
 
 
 def num_schema_tokens(plan: SlicePlan) -> int:

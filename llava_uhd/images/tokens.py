@@ -38,6 +38,7 @@ def one_per_patch(config: ProjectorConfig, rows: int, columns: int) -> int:
 
 
 TOKEN_RULES.add("spatial_resampler", fixed_queries)
+TOKEN_RULES.add("mlp2x_gelu", one_per_patch)
 
 
 def view_token_counts(config: ProjectorConfig, grids: Iterable[tuple[int, int]]) -> list[int]:

@@ -13,24 +13,12 @@ the operator's order.
 from __future__ import annotations
 
 from functools import lru_cache
-from math import log, sqrt
+from math import sqrt
 
 import numpy as np
 import torch
 
-# (columns, rows) of pooling bins in a window, in the published order of preference.
-POOL_SHAPES = ((4, 2), (3, 2), (4, 3), (3, 3), (2, 4), (2, 3), (3, 4))
-
-
-@lru_cache(maxsize=4096)
-def pool_bins(rows: int, columns: int) -> tuple[int, int]:
-    """Bins (rows, columns) of each window: the shape nearest to the map's, first one on a tie.
-
-    Example: a 24x24 map has 3x3 bins, 16 rows x 36 columns have 2x4.
-    """
-    target = log(columns / rows)
-    best = min(POOL_SHAPES, key=lambda shape: abs(target - log(shape[0] / shape[1])))
-    return best[1], best[0]
+from llava_uhd.images.geometry import pool_bins
 
 
 def axis_matrix(
@@ -131,9 +119,14 @@ def pool_windows(
     """
     count, rows, columns, width = maps.shape
     down, across = _placed_matrices(rows, columns, grid_size, round_to, maps.dtype, maps.device)
-    pooled = torch.matmul(down, maps.reshape(count, rows, columns * width))
-    pooled = torch.matmul(across, pooled.reshape(count * down.shape[0], columns, width))
     bin_rows, bin_columns = down.shape[0] // grid_size, across.shape[0] // grid_size
-    pooled = pooled.reshape(count, grid_size, bin_rows, grid_size, bin_columns, width)
-    pooled = pooled.permute(1, 3, 0, 2, 4, 5)  # (g, g, n, bin rows, bin columns, C)
+    # On a CPU one map at a time keeps the temporaries small enough to be reused: fresh pages for
+    # large ones cost more than the products. A GPU takes all maps in one launch.
+    pieces = []
+    for part in maps.split(1 if maps.device.type == "cpu" else count):
+        pooled = torch.matmul(down, part.reshape(-1, rows, columns * width))
+        pooled = torch.matmul(across, pooled.reshape(-1, columns, width))
+        pooled = pooled.reshape(-1, grid_size, bin_rows, grid_size, bin_columns, width)
+        pieces.append(pooled.permute(1, 3, 0, 2, 4, 5))  # (g, g, n, bin rows, bin columns, C)
+    pooled = torch.cat(pieces, dim=2)
     return pooled.reshape(grid_size**2, count, bin_rows * bin_columns, width)

@@ -1,0 +1,33 @@
+"""``python -m llava_uhd.bench COMMAND``: measurements, each with its plain form beside it.
+
+A command is a module of this package with ``register(commands)``, which adds its parser and sets
+``run``; it is listed in `COMMANDS`.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from llava_uhd.bench import cost, encode
+from llava_uhd.errors import command
+
+COMMANDS = (encode, cost)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line with all subcommands."""
+    parser = argparse.ArgumentParser(prog="python -m llava_uhd.bench", description=__doc__)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for module in COMMANDS:
+        module.register(commands)
+    return parser
+
+
+def main() -> int:
+    """Runs one subcommand and returns its status."""
+    options = make_parser().parse_args()
+    return int(options.run(options))
+
+
+if __name__ == "__main__":
+    command(main)

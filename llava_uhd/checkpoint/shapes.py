@@ -1,0 +1,162 @@
+"""Shapes of models without their weights: from a recipe, a folder's config.json or a known name."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from llava_uhd.checkpoint.parts import read_language_config, read_tower_config
+from llava_uhd.checkpoint.published import (
+    CLIP_L_336,
+    find_layout,
+    find_tower,
+    tower_config_by_name,
+)
+from llava_uhd.checkpoint.weights import read_json
+from llava_uhd.config.model import CompressionConfig, ImageConfig, LlavaUHDConfig, make_config
+from llava_uhd.config.training import Recipe
+from llava_uhd.errors import UserError
+
+# Last part of a folder or hub name -> shape, for folders that are not here.
+KNOWN_TOWERS: dict[str, dict[str, Any]] = {
+    "clip-vit-large-patch14-336": {"model_type": "clip_vision_model", **CLIP_L_336},
+    "siglip-so400m-patch14-384": {
+        "model_type": "siglip_vision_model",
+        "hidden_size": 1152,
+        "intermediate_size": 4304,
+        "num_hidden_layers": 27,
+        "num_attention_heads": 16,
+        "image_size": 384,
+        "patch_size": 14,
+    },
+}
+
+
+def _llama(width: int, mlp_width: int, layers: int, heads: int) -> dict[str, Any]:
+    return {
+        "model_type": "llama",
+        "hidden_size": width,
+        "intermediate_size": mlp_width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "vocab_size": 32000,
+    }
+
+
+def _qwen2(
+    width: int, mlp_width: int, layers: int, heads: int, kv_heads: int, vocabulary: int
+) -> dict[str, Any]:
+    return {
+        **_llama(width, mlp_width, layers, heads),
+        "model_type": "qwen2",
+        "num_key_value_heads": kv_heads,
+        "vocab_size": vocabulary,
+        "tie_word_embeddings": width < 2048,
+    }
+
+
+KNOWN_LANGUAGE_MODELS: dict[str, dict[str, Any]] = {
+    "vicuna-7b-v1.5": _llama(4096, 11008, 32, 32),
+    "vicuna-13b-v1.5": _llama(5120, 13824, 40, 40),
+    "qwen2-0.5b": _qwen2(896, 4864, 24, 14, 2, 151936),
+    "qwen2-0.5b-instruct": _qwen2(896, 4864, 24, 14, 2, 151936),
+    "qwen2-7b": _qwen2(3584, 18944, 28, 28, 4, 152064),
+    "qwen2-7b-instruct": _qwen2(3584, 18944, 28, 28, 4, 152064),
+}
+
+
+def known_shape(name: str, table: dict[str, dict[str, Any]], what: str) -> PreTrainedConfig:
+    """Configuration by the last part of a folder or hub name.
+
+    Raises:
+        UserError: a name that is not in the table.
+    """
+    last = name.rstrip("/").rpartition("/")[2].lower()
+    if last not in table:
+        raise UserError(
+            f"{what} {name} is not here and its shape is not known "
+            f"(known: {', '.join(sorted(table))}): put the folder there, its config.json is enough"
+        )
+    return make_config(table[last], what)
+
+
+def describe_recipe(recipe: Recipe) -> LlavaUHDConfig:
+    """Configuration of the model that a recipe would train; no weights are read.
+
+    Folders that are not here are replaced by the shapes of well-known names.
+
+    Raises:
+        UserError: a part whose shape cannot be found.
+    """
+    section = recipe.model
+    if section.checkpoint is not None:
+        config = describe_checkpoint(section.checkpoint)
+        config.compression = recipe.compression
+        return config
+    language, tower = section.language_model, section.vision_tower
+    if isinstance(language, dict):
+        text = make_config(language, "model.language_model")
+    elif Path(str(language), "config.json").is_file():
+        text = read_language_config(Path(str(language)))
+    else:
+        text = known_shape(str(language), KNOWN_LANGUAGE_MODELS, "language model")
+    if isinstance(tower, dict):
+        vision = make_config(tower, "model.vision_tower")
+    elif Path(str(tower), "config.json").is_file():
+        vision = read_tower_config(Path(str(tower)))
+    else:
+        vision = known_shape(str(tower), KNOWN_TOWERS, "vision tower")
+    return LlavaUHDConfig(
+        vision_config=vision,
+        text_config=text,
+        image=dataclasses.replace(section.image),
+        projector=dataclasses.replace(section.projector),
+        compression=recipe.compression,
+        template=section.template,
+        select_layer=section.select_layer,
+    )
+
+
+def describe_checkpoint(path: str | Path) -> LlavaUHDConfig:
+    """Configuration of a checkpoint folder, ours or published; no weights are read.
+
+    Raises:
+        UserError: no such folder, or an unknown layout.
+    """
+    folder = Path(path)
+    values = read_json(folder / "config.json")
+    if values.get("model_type") == "llava_uhd":
+        return LlavaUHDConfig.from_pretrained(folder)
+    layout = find_layout(values)
+    tower = find_tower(values, folder)
+    vision = read_tower_config(tower) if tower else tower_config_by_name(values)
+    if layout is None or vision is None:
+        raise UserError(f"{folder}/config.json does not describe a model that can be loaded here")
+    return layout.make_config(values, vision)
+
+
+def known_model(
+    language_model: str,
+    num_queries: int | None,
+    tower: str = "clip-vit-large-patch14-336",
+) -> LlavaUHDConfig:
+    """A published combination by name.
+
+    Args:
+        language_model: key of `KNOWN_LANGUAGE_MODELS`.
+        num_queries: of the spatially constrained resampler (LLaVA-UHD); None for one square view
+            and two linear layers on its patches (LLaVA-1.5).
+        tower: key of `KNOWN_TOWERS`.
+    """
+    square = num_queries is None
+    return LlavaUHDConfig(
+        vision_config=known_shape(tower, KNOWN_TOWERS, "vision tower"),
+        text_config=known_shape(language_model, KNOWN_LANGUAGE_MODELS, "language model"),
+        image=ImageConfig(strategy="squeeze" if square else "slices"),
+        projector={"type": "mlp2x_gelu"} if square else {"num_queries": num_queries},
+        compression=CompressionConfig(),
+    )

@@ -1,0 +1,365 @@
+"""What an image costs: parameters and operations of a model, from its shapes alone.
+
+One multiply-add counts as two operations (FLOP = 2 MAC). Matrix products are counted; norms,
+activations, softmax and resampling are not. `Convention` says what else differs between what is
+computed here and what published tables count.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from transformers import PreTrainedConfig
+
+from llava_uhd.config.model import LlavaUHDConfig
+from llava_uhd.errors import UserError
+from llava_uhd.images.geometry import Size, SlicePlan, num_schema_tokens, pool_bins
+from llava_uhd.images.tokens import view_token_counts
+from llava_uhd.registry import Registry
+
+
+@dataclass(frozen=True)
+class Convention:
+    """What a count includes. The defaults are what this package computes for an answer.
+
+    Attributes:
+        causal: attention of the language model costs half of the full square.
+        all_logits: logits at every position instead of one.
+        whole_tower: all layers of the tower, also those behind the selected one.
+        published_projector: the projector as first published instead of the equal, cheaper form.
+        attention_inputs: count the input projections of the projector's attention. Profilers that
+            hook modules do not see them inside ``nn.MultiheadAttention``.
+    """
+
+    causal: bool = True
+    all_logits: bool = False
+    whole_tower: bool = False
+    published_projector: bool = False
+    attention_inputs: bool = True
+
+
+# The one of the compute table of LLaVA-UHD (arXiv 2403.11703).
+PUBLISHED = Convention(causal=False, all_logits=True, whole_tower=True, published_projector=True)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Operations of one image with its text.
+
+    Attributes:
+        tower: vision tower, all views.
+        projector: all views.
+        language: prefill of all positions.
+        visual_tokens: tokens that the projector makes.
+        positions: sequence length: visual tokens, separators and text.
+    """
+
+    tower: float
+    projector: float
+    language: float
+    visual_tokens: int
+    positions: int
+
+    @property
+    def total(self) -> float:
+        """Sum of the three parts."""
+        return self.tower + self.projector + self.language
+
+
+@dataclass(frozen=True)
+class TowerShape:
+    """Shape of a vision transformer; widths in channels."""
+
+    width: int
+    mlp_width: int
+    layers: int
+    patch_size: int
+    image_size: int
+    class_token: bool
+    patch_bias: bool
+    num_norms: int
+
+    def parameters(self, layers: int | None = None, num_norms: int | None = None) -> int:
+        """Parameters of the whole tower, or of its first ``layers`` with ``num_norms`` norms."""
+        d, ff = self.width, self.mlp_width
+        layer = 4 * (d * d + d) + 2 * d * ff + ff + d + 4 * d
+        patch = 3 * self.patch_size**2 * d + (d if self.patch_bias else 0)
+        side = self.image_size // self.patch_size
+        positions = (side * side + self.class_token) * d + self.class_token * d
+        norms = self.num_norms if num_norms is None else num_norms
+        return (
+            patch + positions + (self.layers if layers is None else layers) * layer + 2 * d * norms
+        )
+
+    def flops(self, patches: int, layers: int) -> int:
+        """Operations of one view of ``patches`` patches through ``layers`` layers."""
+        d, tokens = self.width, patches + self.class_token
+        linear = 2 * tokens * (4 * d * d + 2 * d * self.mlp_width)
+        core = 4 * tokens**2 * d
+        return layers * (linear + core) + 2 * patches * 3 * self.patch_size**2 * d
+
+
+# model_type -> (class token, bias of the patch embedding, norms outside the layers)
+TOWER_KINDS = {"clip_vision_model": (True, False, 2), "siglip_vision_model": (False, True, 1)}
+
+
+def tower_shape(config: PreTrainedConfig) -> TowerShape:
+    """Shape of a transformers vision configuration.
+
+    Raises:
+        UserError: a family whose cost is not known.
+    """
+    if config.model_type not in TOWER_KINDS:
+        known = ", ".join(sorted(TOWER_KINDS))
+        raise UserError(f"no cost formula for vision tower '{config.model_type}' (known: {known})")
+    return TowerShape(
+        config.hidden_size,
+        config.intermediate_size,
+        config.num_hidden_layers,
+        config.patch_size,
+        config.image_size,
+        *TOWER_KINDS[config.model_type],
+    )
+
+
+@dataclass(frozen=True)
+class LanguageShape:
+    """Shape of a decoder of Llama's kind (gated MLP, grouped queries)."""
+
+    width: int
+    mlp_width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_width: int
+    vocabulary: int
+    tied: bool
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+
+    @property
+    def body_weights(self) -> int:
+        """Weights of all matrix products except the head; each costs 2 operations per token."""
+        inner, kv = self.heads * self.head_width, self.kv_heads * self.head_width
+        attention = self.width * (2 * inner + 2 * kv)
+        return self.layers * (attention + 3 * self.width * self.mlp_width)
+
+    @property
+    def parameters(self) -> int:
+        """All parameters, embeddings and head included."""
+        inner, kv = self.heads * self.head_width, self.kv_heads * self.head_width
+        extra = 2 * self.width
+        extra += (inner + 2 * kv) * self.qkv_bias + self.width * self.out_bias
+        extra += (2 * self.mlp_width + self.width) * self.mlp_bias
+        extra += 2 * self.head_width * self.qk_norm
+        tables = (1 if self.tied else 2) * self.vocabulary * self.width
+        return self.body_weights + self.layers * extra + tables + self.width
+
+    def flops(self, tokens: int, convention: Convention) -> float:
+        """Operations of a prefill of ``tokens`` positions."""
+        core = 4 * self.layers * self.heads * self.head_width * tokens**2
+        logits = 2 * self.vocabulary * self.width * (tokens if convention.all_logits else 1)
+        return 2 * self.body_weights * tokens + core * (0.5 if convention.causal else 1) + logits
+
+
+LANGUAGE_KINDS = ("llama", "mistral", "qwen2", "qwen3")
+
+
+def language_shape(config: PreTrainedConfig) -> LanguageShape:
+    """Shape of a transformers text configuration.
+
+    Raises:
+        UserError: a family whose cost is not known (a mixture of experts, for instance).
+    """
+    kind = config.model_type
+    if kind not in LANGUAGE_KINDS:
+        known = ", ".join(LANGUAGE_KINDS)
+        raise UserError(f"no cost formula for language model '{kind}' (known: {known})")
+    heads = config.num_attention_heads
+    bias = bool(getattr(config, "attention_bias", False))
+    return LanguageShape(
+        width=config.hidden_size,
+        mlp_width=config.intermediate_size,
+        layers=config.num_hidden_layers,
+        heads=heads,
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_width=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        vocabulary=config.vocab_size,
+        tied=bool(config.tie_word_embeddings),
+        qkv_bias=bias or kind == "qwen2",
+        out_bias=bias,
+        mlp_bias=bool(getattr(config, "mlp_bias", False)),
+        qk_norm=kind == "qwen3",
+    )
+
+
+class ProjectorCost(Protocol):
+    """Formulas of one projector."""
+
+    def parameters(self, config: LlavaUHDConfig) -> int:
+        """Parameters of the module."""
+
+    def flops(self, config: LlavaUHDConfig, grids: Sequence[Size], convention: Convention) -> int:
+        """Operations for views with these patch grids (rows, columns), in one call."""
+
+
+PROJECTOR_COSTS: Registry[ProjectorCost] = Registry("projector")
+
+
+class ResamplerCost:
+    """The spatially constrained resampler; Q queries, H heads, width D, k bins per window."""
+
+    def parameters(self, config: LlavaUHDConfig) -> int:
+        """Parameters of the module, the position table included."""
+        d, c = config.hidden_size, config.vision_config.hidden_size
+        tables = 2 * config.projector.num_queries * d
+        return (c * d if c != d else 0) + 4 * (d * d + d) + tables + 3 * 2 * d + d * d
+
+    def flops(self, config: LlavaUHDConfig, grids: Sequence[Size], convention: Convention) -> int:
+        """Operations, in the published form or as computed here."""
+        d, c = config.hidden_size, config.vision_config.hidden_size
+        queries = config.projector.num_queries
+        heads = config.projector.num_heads or max(d // 128, 1)
+        square = 2 * queries * d * d
+        total = sum(2 * rows * columns * c * d for rows, columns in grids) if c != d else 0
+        total += 2 * len(grids) * square  # output projection of the attention, last projection
+        if convention.published_projector:
+            for grid in grids:
+                bins = _num_bins(grid)
+                total += 4 * queries * bins * d  # scores and averages
+                if convention.attention_inputs:
+                    total += square + 2 * bins * square  # queries, keys and values
+            return total
+        if convention.attention_inputs:
+            # Queries in and through the keys' matrix once; averaged values once per view.
+            total += 2 * square + len(grids) * square
+        for grid, count in Counter(grids).items():
+            core = 2 * queries * _num_bins(grid) * d * heads
+            pooling = self._pooling(grid, queries, d)
+            total += (count + 1) * (core + pooling) + count * core  # scores, positions, averages
+        return total
+
+    @staticmethod
+    def _pooling(grid: Size, queries: int, width: int) -> int:
+        rows, columns = grid
+        bin_rows, bin_columns = pool_bins(rows, columns)
+        side = round(queries**0.5)
+        down, across = side * bin_rows, side * bin_columns
+        return 2 * down * rows * columns * width + 2 * down * across * columns * width
+
+
+def _num_bins(grid: Size) -> int:
+    rows, columns = pool_bins(*grid)
+    return rows * columns
+
+
+class MLPCost:
+    """Two linear layers on each patch (LLaVA-1.5's ``mlp2x_gelu``)."""
+
+    def parameters(self, config: LlavaUHDConfig) -> int:
+        """Parameters of the module."""
+        d, c = config.hidden_size, config.vision_config.hidden_size
+        return c * d + d + d * d + d
+
+    def flops(self, config: LlavaUHDConfig, grids: Sequence[Size], convention: Convention) -> int:
+        """Operations."""
+        d, c = config.hidden_size, config.vision_config.hidden_size
+        return sum(2 * rows * columns * (c * d + d * d) for rows, columns in grids)
+
+
+PROJECTOR_COSTS.add("spatial_resampler", ResamplerCost())
+PROJECTOR_COSTS.add("mlp2x_gelu", MLPCost())
+
+
+def built_tower_layers(config: LlavaUHDConfig) -> int:
+    """Layers up to the selected hidden state."""
+    layers, selected = config.vision_config.num_hidden_layers, config.select_layer
+    return selected if selected >= 0 else layers + 1 + selected
+
+
+def tower_flops(
+    config: LlavaUHDConfig, grids: Iterable[Size], convention: Convention | None = None
+) -> int:
+    """Operations of the vision tower for views with these patch grids (rows, columns)."""
+    shape = tower_shape(config.vision_config)
+    whole = convention is not None and convention.whole_tower
+    layers = shape.layers if whole else built_tower_layers(config)
+    return sum(shape.flops(rows * columns, layers) for rows, columns in grids)
+
+
+def image_cost(
+    config: LlavaUHDConfig,
+    plan: SlicePlan,
+    text_tokens: int = 0,
+    convention: Convention | None = None,
+    *,
+    separators: bool = True,
+) -> Cost:
+    """Operations of reading one image and its text.
+
+    Example: LLaVA-1.5-13B at 336x336 under `PUBLISHED`: 15.495e12 in all.
+
+    Args:
+        config: of the model.
+        plan: views of the image.
+        text_tokens: tokens beside those of the image.
+        convention: what is counted; None for what this package computes.
+        separators: count the positions of the separators between slices.
+
+    Raises:
+        UserError: a tower, projector or language model without formula.
+    """
+    convention = convention or Convention()
+    grids = plan.view_grids
+    visual = sum(view_token_counts(config.projector, grids))
+    positions = visual + text_tokens + (num_schema_tokens(plan) if separators else 0)
+    return Cost(
+        tower=tower_flops(config, grids, convention),
+        projector=PROJECTOR_COSTS.get(config.projector.type).flops(config, grids, convention),
+        language=language_shape(config.text_config).flops(positions, convention),
+        visual_tokens=visual,
+        positions=positions,
+    )
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Parameters of the parts.
+
+    Attributes:
+        tower: of the whole published tower.
+        built_tower: of the part that is built, up to the selected layer.
+        projector: all.
+        language: embeddings and head included.
+    """
+
+    tower: int
+    built_tower: int
+    projector: int
+    language: int
+
+    @property
+    def total(self) -> int:
+        """Of the model as built."""
+        return self.built_tower + self.projector + self.language
+
+
+def count_parameters(config: LlavaUHDConfig) -> Parameters:
+    """Parameters of a model, from its shapes.
+
+    Raises:
+        UserError: a tower, projector or language model without formula.
+    """
+    shape = tower_shape(config.vision_config)
+    built = shape.parameters(built_tower_layers(config), int(shape.class_token))
+    return Parameters(
+        tower=shape.parameters(),
+        built_tower=built,
+        projector=PROJECTOR_COSTS.get(config.projector.type).parameters(config),
+        language=language_shape(config.text_config).parameters,
+    )

@@ -1,0 +1,137 @@
+"""``python -m llava_uhd.inspect IMAGE``: how a model sees an image, in numbers and as a picture."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+from PIL import Image
+
+from llava_uhd.checkpoint.shapes import describe_recipe
+from llava_uhd.config.model import LlavaUHDConfig
+from llava_uhd.config.recipe import load_recipe
+from llava_uhd.errors import UserError, command
+from llava_uhd.images.cost import image_cost
+from llava_uhd.images.geometry import SlicePlan
+from llava_uhd.images.pictures import slice_grid_picture
+from llava_uhd.images.pixels import open_image
+from llava_uhd.images.strategies import plan_image, prepared_size
+from llava_uhd.images.tokens import view_token_counts
+
+DEFAULT_RECIPE = "uhd_v1/finetune_vicuna7b"
+
+
+def main() -> None:
+    """Prints the plan of one image and writes its picture."""
+    options = parse()
+    recipe = load_recipe(options.recipe)
+    config = describe_recipe(recipe)
+    image, plan = prepare(open_image(options.image), config, recipe.data.overview_only)
+    output = picture_path(options.image, options.output)
+    print(f"{options.image} seen by {recipe.name}")
+    for line in describe(plan, config):
+        print(line)
+    save_picture(slice_grid_picture(image, plan), output)
+    print(f"Picture of the views: {output}")
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m llava_uhd.inspect", description=__doc__)
+    parser.add_argument("image", type=Path, metavar="IMAGE", help="image file")
+    parser.add_argument("--recipe", default=DEFAULT_RECIPE, help="whose model looks at it")
+    parser.add_argument("--output", type=Path, metavar="PNG", help="default: IMAGE_slices.png here")
+    return parser.parse_args()
+
+
+def prepare(
+    image: Image.Image, config: LlavaUHDConfig, overview_only: bool = False
+) -> tuple[Image.Image, SlicePlan]:
+    """The image after the configured pre-resize, and the plan of its views."""
+    size = prepared_size(config.image, *image.size)
+    if size != image.size:
+        image = image.resize(size, Image.Resampling.BICUBIC)
+    unprepared = dataclasses.replace(config.image, long_side=None)
+    return image, plan_image(unprepared, size[0], size[1], overview_only)
+
+
+def describe(plan: SlicePlan, config: LlavaUHDConfig) -> list[str]:
+    """Lines on sizes, token layout and cost of an image under a plan."""
+    counts = view_token_counts(config.projector, plan.view_grids)
+    cost = image_cost(config, plan)
+    width, height = plan.image_size
+    lines = [f"  image      {width} x {height} pixels"]
+    if plan.grid is not None and plan.refine_size is not None:
+        columns, rows = plan.grid
+        lines += [
+            f"  grid       {columns} x {rows} (columns x rows)",
+            f"  slices     {plan.num_slices} of {_view(plan, 0)}, {counts[0]} tokens each, "
+            f"cut from {plan.refine_size[0]} x {plan.refine_size[1]}",
+        ]
+    else:
+        lines.append("  grid       none: one view")
+    lines.append(f"  overview   {_view(plan, -1)}, {counts[-1]} tokens")
+    lines.append("  layout")
+    lines += [f"    {row}" for row in token_layout(plan, counts)]
+    separators = cost.positions - cost.visual_tokens
+    lines += [
+        f"  tokens     {cost.visual_tokens} visual + {separators} separators = {cost.positions} "
+        "positions",
+        f"  TFLOPs     {cost.total / 1e12:.4g}: tower {cost.tower / 1e12:.4g}, projector "
+        f"{cost.projector / 1e12:.4g}, language model prefill {cost.language / 1e12:.4g}",
+        "             (FLOP = 2 multiply-adds; causal attention, logits at one position, no text)",
+    ]
+    return lines
+
+
+def _view(plan: SlicePlan, index: int) -> str:
+    width, height = plan.view_sizes[index]
+    rows, columns = plan.view_grids[index]
+    return f"{width} x {height} ({columns} x {rows} patches)"
+
+
+def token_layout(plan: SlicePlan, counts: list[int]) -> list[str]:
+    r"""How the tokens of an image stand in the text.
+
+    Example: a grid of 2 x 1 with 144 tokens a view: ``["[1: 144] , [2: 144] \n",
+    "[overview: 144]"]``, with the separators as they are written.
+    """
+    rows = []
+    if plan.grid is not None:
+        columns = plan.grid[0]
+        for start in range(0, plan.num_slices, columns):
+            row = [f"[{at + 1}: {counts[at]}]" for at in range(start, start + columns)]
+            rows.append(" , ".join(row) + " \\n")
+    return [*rows, f"[overview: {counts[-1]}]"]
+
+
+def picture_path(image: Path, output: Path | None) -> Path:
+    """Where the picture goes.
+
+    Raises:
+        UserError: the name has no picture format, or the image itself would be overwritten.
+    """
+    path = output or Path(f"{image.stem}_slices.png")
+    if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise UserError(f"--output {path} must end in .png, .jpg or .webp")
+    if path.exists() and path.resolve() == image.resolve():
+        raise UserError(f"--output {path} is the image itself: choose another name")
+    return path
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """Writes the picture, with its folder.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path)
+    except OSError as error:
+        raise UserError(f"--output {path} cannot be written: {error.strerror or error}") from error
+
+
+if __name__ == "__main__":
+    command(main)
