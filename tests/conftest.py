@@ -25,6 +25,7 @@ os.environ.setdefault("TORCH_EXTENSIONS_DIR", tempfile.mkdtemp(prefix="llava_uhd
 import hypothesis
 import pytest
 import torch
+from fixtures_model import questions, tiny_checkpoint  # noqa: F401  (fixtures)
 
 ROOT = Path(__file__).resolve().parents[1]
 

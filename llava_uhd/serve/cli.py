@@ -177,18 +177,24 @@ class Chat:
         self._say("the conversation is empty again", only_people=True)
 
     def _ask(self, text: str) -> None:
-        if not self.plain:
-            self.console.print("[bold green]ASSISTANT:[/] ", end="")
         pieces = self.engine.stream(self.conversation, text, self._next_sampling())
         try:
+            # Before anything is shown: what is wrong with a question shows in its first piece.
+            first = next(pieces, "")
+            if not self.plain:
+                self.console.print("[bold green]ASSISTANT:[/] ", end="")
+            self._write(first)
             for piece in pieces:
                 self._write(piece)
         except KeyboardInterrupt:
             if self.plain:
                 raise
             self._write(" [stopped]")
-        finally:
-            self._write("\n")
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                "the device is out of memory: /clear, show fewer images, or start with --load-4bit"
+            ) from error
+        self._write("\n")
 
     def _next_sampling(self) -> Sampling:
         seed = self.sampling.seed
