@@ -20,9 +20,11 @@ from llava_uhd.config import model as model_config
 from llava_uhd.config import training
 from llava_uhd.config.aliases import ALIASES
 from llava_uhd.config.recipe import list_recipes, recipes_root
+from llava_uhd.eval.tasks import TASKS
 from llava_uhd.images.strategies import IMAGE_STRATEGIES
 from llava_uhd.projectors import PROJECTORS
 from llava_uhd.text.templates import TEMPLATES
+from llava_uhd.vision.towers import TOWERS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs/interfaces.md").read_text(encoding="utf-8")
@@ -156,6 +158,8 @@ def test_registered_names() -> None:
     found = {("image strategy", name) for name in IMAGE_STRATEGIES}
     found |= {("projector", name) for name in PROJECTORS}
     found |= {("template", name) for name in TEMPLATES}
+    found |= {("vision tower", name) for name in TOWERS}
+    found |= {("task", name) for name in TASKS}
     assert documented == found
 
 
