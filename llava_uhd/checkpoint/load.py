@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 
 from llava_uhd.checkpoint.manifest import read_manifest
@@ -32,6 +33,7 @@ from llava_uhd.checkpoint.sources import resolve_folder
 from llava_uhd.checkpoint.weights import (
     Tensors,
     check_state,
+    first_line,
     read_folder,
     read_json,
     weight_files,
@@ -181,12 +183,13 @@ def _quantization_config(quantization: str, dtype: torch.dtype) -> BitsAndBytesC
 def _open_ours(
     folder: Path, base: str | Path | None, vision_tower: str | Path | None
 ) -> tuple[LlavaUHDConfig, Tensors, LlavaUHDProcessor]:
-    config = LlavaUHDConfig.from_pretrained(folder)
-    config.dtype = None
+    config = _read_our_config(folder)
+    # Without this file the library would make a processor with default settings.
+    read_json(folder / "processor_config.json")
     try:
         processor = LlavaUHDProcessor.from_pretrained(folder)
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{folder} has no usable processor ({error})") from error
+        raise UserError(f"{folder} has no usable processor ({first_line(error)})") from error
     if weight_files(folder):
         state = read_folder(folder)
     else:
@@ -202,6 +205,17 @@ def _open_ours(
     if vision_tower is not None:
         state = _replace_tower(config, state, vision_tower)
     return config, state, processor
+
+
+def _read_our_config(folder: Path) -> LlavaUHDConfig:
+    try:
+        config = LlavaUHDConfig.from_pretrained(folder)
+    except UserError as error:
+        raise UserError(f"{folder}/config.json: {error}") from error
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+        raise UserError(f"{folder}/config.json is not usable ({first_line(error)})") from error
+    config.dtype = None
+    return config
 
 
 def _open_published(
@@ -242,8 +256,8 @@ def _open_published(
     if vision_tower is not None or not any(key.startswith(VISION_PREFIX) for key in weights):
         if tower is None:
             raise UserError(
-                f"{folder} no vision weights, and '{values.get('mm_vision_tower')}' is not here: "
-                "pass vision_tower=FOLDER"
+                f"{folder} has no vision weights, and '{values.get('mm_vision_tower')}' is not "
+                "here: pass vision_tower=FOLDER"
             )
         state = _replace_tower(config, state, tower)
     source = folder if _has_tokenizer(folder) or base is None else Path(base)

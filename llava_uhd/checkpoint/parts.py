@@ -5,14 +5,23 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-from llava_uhd.checkpoint.weights import Tensors, read_folder, read_json, read_tensors, weight_files
+from llava_uhd.checkpoint.weights import (
+    Tensors,
+    first_line,
+    read_folder,
+    read_json,
+    read_tensors,
+    weight_files,
+)
 from llava_uhd.config.model import LlavaUHDConfig, ProjectorConfig
 from llava_uhd.errors import UserError
 from llava_uhd.vision.towers import TOWERS, num_built_layers
@@ -75,9 +84,9 @@ def read_language_config(folder: Path) -> PreTrainedConfig:
     """Configuration of a language-model folder, without its storage dtype."""
     try:
         config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
         raise UserError(
-            f"language model {folder}: its config.json is not usable ({error})"
+            f"language model {folder}: its config.json is not usable ({first_line(error)})"
         ) from error
     config.dtype = None
     return config
@@ -101,12 +110,14 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        with warnings.catch_warnings():
+            # It reads the model's config.json too, and comments on keys of older releases there.
+            warnings.simplefilter("ignore", FutureWarning)
+            tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"{folder} has no usable tokenizer ({reason}): tokenizer.json or tokenizer.model and "
-            "tokenizer_config.json must lie there"
+            f"{folder} has no usable tokenizer ({first_line(error)}): tokenizer.json or "
+            "tokenizer.model and tokenizer_config.json must lie there"
         ) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
@@ -178,14 +189,15 @@ def read_projector(path: Path, config: LlavaUHDConfig) -> Tensors:
         _check_facts(file, projector_facts(LlavaUHDConfig.from_pretrained(file)), config)
         tensors = read_folder(file)
         return {key: value for key, value in tensors.items() if key.startswith("projector.")}
+    # Published files: model.mm_projector.<name>.
+    state = {
+        f"projector.{key.split('mm_projector.')[-1]}": tensor for key, tensor in read_tensors(file)
+    }
     if file.suffix == ".safetensors":
         with safe_open(file, framework="pt") as opened:
             facts = json.loads((opened.metadata() or {}).get("llava_uhd_projector", "{}"))
         _check_facts(file, facts, config)
-    # Published files: model.mm_projector.<name>.
-    return {
-        f"projector.{key.split('mm_projector.')[-1]}": tensor for key, tensor in read_tensors(file)
-    }
+    return state
 
 
 def _check_facts(file: Path, facts: dict[str, Any], config: LlavaUHDConfig) -> None:

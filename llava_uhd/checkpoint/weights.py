@@ -36,11 +36,15 @@ def weight_files(folder: Path) -> list[Path]:
             continue
         if not name.endswith(".index.json"):
             return [path]
-        shards = sorted(set(read_json(path).get("weight_map", {}).values()))
-        files = [folder / shard for shard in shards]
-        for shard, file in zip(shards, files, strict=True):
-            if file.resolve().parent != folder.resolve() and not file.is_symlink():
+        table = read_json(path).get("weight_map")
+        if not isinstance(table, dict) or not table:
+            raise UserError(f"{path} has no 'weight_map' from weight names to files")
+        shards = sorted({str(shard) for shard in table.values()})
+        for shard in shards:
+            # The file itself may be a link, as in the cache of the hub.
+            if Path(shard).name != shard:
                 raise UserError(f"{path}: shard '{shard}' lies outside the folder")
+        files = [folder / shard for shard in shards]
         missing = [shard for shard, file in zip(shards, files, strict=True) if not file.is_file()]
         if missing:
             raise UserError(
@@ -89,10 +93,11 @@ def read_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
             raise UserError(f"{path} does not hold a plain dictionary of tensors")
         yield from state.items()
     except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError, OSError) as error:
-        raise UserError(f"{path} cannot be read as weights ({_first_line(error)})") from error
+        raise UserError(f"{path} cannot be read as weights ({first_line(error)})") from error
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 

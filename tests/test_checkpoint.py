@@ -1,0 +1,580 @@
+"""Checkpoints: save and load, published layouts in every form, and all that can be broken."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fixtures_tiny import LLAMA, QWEN2, picture, tiny_parts
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+from llava_uhd.checkpoint.load import load_pretrained
+from llava_uhd.checkpoint.manifest import write_manifest
+from llava_uhd.checkpoint.parts import (
+    PROJECTOR_FILE,
+    projector_facts,
+    read_projector,
+    save_projector,
+)
+from llava_uhd.checkpoint.published import UHD_V1, our_key, published_key
+from llava_uhd.checkpoint.weights import read_folder, weight_files
+from llava_uhd.config.model import LlavaUHDConfig
+from llava_uhd.errors import UserError
+from llava_uhd.model.modeling import LlavaUHDForConditionalGeneration
+from llava_uhd.text.processor import LlavaUHDProcessor
+
+Parts = tuple[LlavaUHDForConditionalGeneration, LlavaUHDProcessor]
+
+
+def logits(model: Any, processor: Any) -> torch.Tensor:
+    inputs = processor(text="USER: <image>\nWhat? <image>", images=[picture(96, 64), picture(9, 9)])
+    with torch.no_grad():
+        return model(**inputs).logits
+
+
+def assert_same(before: Any, after: Any) -> None:
+    """Parameters and all buffers, the ones that files do not hold included."""
+    for kind in ("named_parameters", "named_buffers"):
+        first, second = dict(getattr(before, kind)()), dict(getattr(after, kind)())
+        assert first.keys() == second.keys()
+        for name in first:
+            assert torch.equal(first[name], second[name]), name
+
+
+def save(folder: Path, parts: Parts) -> Path:
+    for part in parts:
+        part.save_pretrained(folder)
+    return folder
+
+
+# --- ours -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text",
+    [LLAMA, {**LLAMA, "tie_word_embeddings": True}, QWEN2, {**QWEN2, "tie_word_embeddings": True}],
+    ids=["llama", "llama tied", "qwen2", "qwen2 tied"],
+)
+def test_save_and_load(text: dict[str, Any], tmp_path: Path) -> None:
+    parts = tiny_parts(text, template="plain", select_layer=-1)
+    model, processor = parts
+    save(tmp_path, parts)
+    loaded, again = load_pretrained(tmp_path)
+    assert not loaded.training and loaded.dtype == torch.float32
+    assert any("inv_freq" in name for name, _ in loaded.named_buffers())
+    assert_same(model, loaded)
+    assert torch.equal(logits(model, processor), logits(loaded, again))
+    for key in ("image", "projector", "compression", "template", "select_layer"):
+        assert getattr(loaded.config, key) == getattr(model.config, key), key
+    assert again.image_config == processor.image_config and again.template_name == "plain"
+    tied = bool(text.get("tie_word_embeddings"))
+    head, table = loaded.get_output_embeddings(), loaded.get_input_embeddings()
+    assert (head.weight.data_ptr() == table.weight.data_ptr()) == tied
+    stored = load_file(tmp_path / "model.safetensors")
+    assert ("language_model.lm_head.weight" not in stored) == tied
+
+
+def test_auto_classes(tmp_path: Path) -> None:
+    parts = tiny_parts()
+    save(tmp_path, parts)
+    assert type(AutoConfig.from_pretrained(tmp_path)) is LlavaUHDConfig
+    assert type(AutoProcessor.from_pretrained(tmp_path)) is LlavaUHDProcessor
+    for kind in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        loaded = kind.from_pretrained(tmp_path).eval()
+        assert type(loaded) is LlavaUHDForConditionalGeneration
+        assert_same(parts[0], loaded)
+        assert torch.equal(logits(*parts), logits(loaded, parts[1]))
+
+
+def test_saved_twice_is_the_same(tmp_path: Path) -> None:
+    save(tmp_path / "a", tiny_parts())
+    save(tmp_path / "b", load_pretrained(tmp_path / "a"))
+    for name in ("model.safetensors", "processor_config.json", "tokenizer.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+
+
+def test_contradictory_generation_settings_are_saved(tmp_path: Path) -> None:
+    """Vicuna's own: sampling values without sampling, which the library refuses to save."""
+    model, processor = tiny_parts()
+    model.generation_config.temperature = 0.9
+    model.generation_config.top_p = 0.6
+    model.generation_config.do_sample = False
+    save(tmp_path, (model, processor))
+    loaded, _ = load_pretrained(tmp_path)
+    assert not loaded.generation_config.do_sample
+    model.generation_config.do_sample, model.generation_config.temperature = True, 0.9
+    model.save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "generation_config.json").read_text())
+    assert values["temperature"] == 0.9 and values["do_sample"] is True
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "bf16", "float16", torch.float64])
+def test_dtypes(name: Any, tmp_path: Path) -> None:
+    parts = tiny_parts()
+    save(tmp_path, parts)
+    loaded, processor = load_pretrained(tmp_path, dtype=name)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {loaded.dtype}
+    wanted = torch.finfo(loaded.dtype)
+    assert (wanted.bits, loaded.dtype != torch.float16 or name == "float16") == (
+        (64, True) if name is torch.float64 else (16, True)
+    )
+    found = logits(loaded, processor)
+    assert bool(found.isfinite().all())
+    exact = logits(*parts)
+    assert (found.float() - exact).norm() <= 0.1 * exact.norm()
+    assert loaded.generate(**processor(text="a"), max_new_tokens=2).shape[1] == 4
+    with pytest.raises(UserError, match="dtype 'int8'"):
+        load_pretrained(tmp_path, dtype="int8")
+
+
+def test_attention_implementation(tmp_path: Path) -> None:
+    parts = tiny_parts()
+    save(tmp_path, parts)
+    eager, processor = load_pretrained(tmp_path, attn_implementation="eager")
+    assert eager.language_model.config._attn_implementation == "eager"
+    assert (logits(eager, processor) - logits(*parts)).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("quantization", ["4bit", "8bit"])
+def test_quantization(quantization: str, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    save(tmp_path, tiny_parts())
+    model, processor = load_pretrained(tmp_path, quantization=quantization)
+    assert bool(logits(model, processor).isfinite().all())
+    kinds = {type(module).__name__ for module in model.language_model.model.modules()}
+    assert kinds & {"Linear4bit", "Linear8bitLt"}
+    for part in (model.vision_tower, model.projector):
+        assert {parameter.dtype for parameter in part.parameters()} == {torch.float32}
+
+
+def test_unknown_quantization(tmp_path: Path) -> None:
+    save(tmp_path, tiny_parts())
+    with pytest.raises(UserError, match="'3bit' is not one of 4bit, 8bit"):
+        load_pretrained(tmp_path, quantization="3bit")
+
+
+# --- published layouts ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def published(golden: Path) -> Path:
+    return golden / "uhd_v1/tiny_checkpoint"
+
+
+@pytest.fixture(scope="module")
+def expected(published: Path) -> Parts:
+    return load_pretrained(published)
+
+
+def copy(published: Path, target: Path, *left_out: str, **changes: Any) -> Path:
+    """A copy of the golden checkpoint without some of its entries, and with another config."""
+    shutil.copytree(published, target, ignore=shutil.ignore_patterns(*left_out))
+    values = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps({**values, **changes}))
+    return target
+
+
+def disturb(file: Path) -> None:
+    state = {key: tensor + 1 for key, tensor in load_file(file).items()}
+    save_file(state, file, metadata={"format": "pt"})
+
+
+def split(folder: Path, binary: bool) -> None:
+    """The single weight file of a folder as three shards with an index."""
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    shards: dict[str, dict[str, torch.Tensor]] = {}
+    for number, (key, tensor) in enumerate(sorted(state.items())):
+        stem = "pytorch_model" if binary else "model"
+        suffix = "bin" if binary else "safetensors"
+        shards.setdefault(f"{stem}-0000{number % 3 + 1}-of-00003.{suffix}", {})[key] = tensor
+    for name, part in shards.items():
+        if binary:
+            torch.save(part, folder / name)
+        else:
+            save_file(part, folder / name, metadata={"format": "pt"})
+    table = {key: name for name, part in shards.items() for key in part}
+    stem = "pytorch_model.bin" if binary else "model.safetensors"
+    (folder / f"{stem}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": table}))
+
+
+def test_published_to_ours_and_back(expected: Parts, published: Path, tmp_path: Path) -> None:
+    save(tmp_path, expected)
+    loaded = load_pretrained(tmp_path)
+    assert_same(expected[0], loaded[0])
+    assert torch.equal(logits(*expected), logits(*loaded))
+    assert not loaded[0].config.image.bounded and loaded[1].template_name == "v1"
+    stored = load_file(published / "model.safetensors")
+    names = expected[0].state_dict().keys()
+    assert {published_key(name) for name in names} <= stored.keys()
+    assert {our_key(UHD_V1, key, 2) for key in stored} - {None} == set(names)
+
+
+def test_separators_follow_the_tokenizer(expected: Parts) -> None:
+    image = expected[0].config.image
+    assert (image.newline_id, image.image_token_id) == (13, 400)
+    assert expected[0].config.text_config.vocab_size == 400
+
+
+def test_tower_inside_the_checkpoint_is_preferred(
+    expected: Parts, published: Path, tmp_path: Path
+) -> None:
+    folder = copy(published, tmp_path / "copy")
+    disturb(folder / "clip/model.safetensors")
+    assert_same(expected[0], load_pretrained(folder)[0])
+    other, _ = load_pretrained(folder, vision_tower=folder / "clip")
+    name = "vision_tower.layers.0.mlp.fc1.weight"
+    assert torch.allclose(other.state_dict()[name], expected[0].state_dict()[name] + 1, atol=1e-2)
+
+
+def test_tower_path_that_is_not_here(expected: Parts, published: Path, tmp_path: Path) -> None:
+    folder = copy(published, tmp_path / "copy", "clip")
+    with pytest.raises(UserError, match=r"vision tower './clip' is not here: pass vision_tower="):
+        load_pretrained(folder)
+    assert_same(expected[0], load_pretrained(folder, vision_tower=published / "clip")[0])
+    # Its shape is enough: the weights lie in the checkpoint.
+    (folder / "clip").mkdir()
+    shutil.copy(published / "clip/config.json", folder / "clip")
+    assert_same(expected[0], load_pretrained(folder)[0])
+    with pytest.raises(UserError, match=r"vision tower \./gone does not exist"):
+        load_pretrained(folder, vision_tower="./gone")
+
+
+def test_known_tower_names_need_no_folder(published: Path, tmp_path: Path) -> None:
+    """The published value; the shape that it stands for does not fit these tiny weights."""
+    name = "./pretrained_models/clip-vit-large-patch14-336"
+    folder = copy(published, tmp_path / "copy", "clip", mm_vision_tower=name)
+    with pytest.raises(UserError, match=r"class_embedding is \(32,\), expected \(1024,\)"):
+        load_pretrained(folder)
+
+
+def test_checkpoint_without_vision_weights(
+    expected: Parts, published: Path, tmp_path: Path
+) -> None:
+    folder = copy(published, tmp_path / "copy")
+    state = load_file(folder / "model.safetensors")
+    kept = {key: tensor for key, tensor in state.items() if "vision_tower" not in key}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    assert_same(expected[0], load_pretrained(folder)[0])
+
+
+@pytest.mark.parametrize("binary", [False, True])
+@pytest.mark.parametrize("shards", [False, True])
+def test_forms_of_the_weights(
+    expected: Parts, published: Path, tmp_path: Path, binary: bool, shards: bool
+) -> None:
+    folder = copy(published, tmp_path / "copy")
+    if shards:
+        split(folder, binary)
+        assert len(weight_files(folder)) == 3
+    elif binary:
+        state = load_file(folder / "model.safetensors")
+        (folder / "model.safetensors").unlink()
+        # The old format of torch, which cannot be mapped into memory.
+        torch.save(state, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    assert_same(expected[0], load_pretrained(folder)[0])
+
+
+@pytest.fixture
+def base(published: Path, tmp_path: Path) -> Path:
+    """The golden checkpoint's language model as a folder of its own."""
+    state = load_file(published / "model.safetensors")
+    kept = {k: v for k, v in state.items() if "mm_projector" not in k and "vision" not in k}
+    values = json.loads((published / "config.json").read_text())
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    names += ("num_key_value_heads", "vocab_size", "rms_norm_eps", "max_position_embeddings")
+    model = LlamaForCausalLM(LlamaConfig(**{name: values[name] for name in names})).bfloat16()
+    model.load_state_dict(kept)
+    folder = tmp_path / "base"
+    model.save_pretrained(folder)
+    for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"):
+        shutil.copy(published / name, folder)
+    return folder
+
+
+def test_published_projector_file(
+    expected: Parts, published: Path, base: Path, tmp_path: Path
+) -> None:
+    left_out = ("model.safetensors", "tokenizer*", "special_tokens_map.json")
+    folder = tmp_path / "projector"
+    folder.mkdir()
+    for name in ("config.json", "mm_projector.bin"):
+        shutil.copy(published / name, folder)
+    shutil.copytree(published / "clip", folder / "clip")
+    assert not list(folder.glob(left_out[1]))
+    with pytest.raises(UserError, match=r"only mm_projector.bin: pass base=FOLDER"):
+        load_pretrained(folder)
+    loaded = load_pretrained(folder, base=base)
+    assert_same(expected[0], loaded[0])
+    assert torch.equal(logits(*loaded), logits(*expected))
+
+
+def test_our_projector_folder(expected: Parts, published: Path, base: Path, tmp_path: Path) -> None:
+    model, processor = expected
+    folder = tmp_path / "stage1"
+    folder.mkdir()
+    save_projector(folder / PROJECTOR_FILE, model.projector.state_dict(), model.config)
+    model.config.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    with pytest.raises(UserError, match="pass base and vision_tower"):
+        load_pretrained(folder)
+    clip = published / "clip"
+    assert_same(model, load_pretrained(folder, base=base, vision_tower=clip)[0])
+    write_manifest(folder, kind="projector", language_model=str(base), vision_tower=str(clip))
+    assert_same(model, load_pretrained(folder)[0])
+
+
+def test_projector_of_another_model_is_refused(tmp_path: Path) -> None:
+    model, _ = tiny_parts()
+    save_projector(tmp_path / PROJECTOR_FILE, model.projector.state_dict(), model.config)
+    assert set(read_projector(tmp_path, model.config)) == {
+        f"projector.{name}" for name in model.projector.state_dict()
+    }
+    facts = projector_facts(model.config)
+    others = {
+        "num_queries": tiny_parts(projector={"num_queries": 9})[0].config,
+        "width": tiny_parts({**LLAMA, "hidden_size": 32})[0].config,
+        "select_layer": tiny_parts(select_layer=-1)[0].config,
+    }
+    for name, config in others.items():
+        wanted = rf"{name} {facts[name]} \(the model has {projector_facts(config)[name]}\)"
+        with pytest.raises(UserError, match=wanted):
+            read_projector(tmp_path, config)
+    with pytest.raises(UserError, match=r"has no projector.*bash pretrain\.sh"):
+        read_projector(tmp_path / "none", model.config)
+
+
+# --- broken ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ours(tmp_path: Path) -> Path:
+    return save(tmp_path / "ours", tiny_parts())
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    state = load_file(folder / "model.safetensors")
+    change(state)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+KEY = "projector.ln_post.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.pop(KEY), rf"1 missing weights: {KEY}"),
+        (lambda state: state.update(extra=torch.zeros(1)), "1 surplus weights: extra"),
+        (
+            lambda state: state.update({KEY: torch.zeros(3)}),
+            rf"{KEY} is \(3,\), expected \(64,\)",
+        ),
+    ],
+)
+def test_wrong_weights_are_named(ours: Path, change: Any, message: str) -> None:
+    rewrite(ours, change)
+    with pytest.raises(UserError, match=message) as caught:
+        load_pretrained(ours)
+    assert str(ours) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_all_wrong_weights_in_one_message(ours: Path) -> None:
+    def change(state: dict[str, torch.Tensor]) -> None:
+        state.pop(KEY)
+        state["extra"] = torch.zeros(1)
+        state["projector.query"] = torch.zeros(2, 2)
+
+    rewrite(ours, change)
+    with pytest.raises(UserError, match="1 missing.*1 surplus.*1 other shapes"):
+        load_pretrained(ours)
+
+
+def test_unknown_published_key_is_named(published: Path, tmp_path: Path) -> None:
+    folder = copy(published, tmp_path / "copy")
+    rewrite(folder, lambda state: state.update({"mystery.weight": torch.zeros(1)}))
+    with pytest.raises(UserError, match=r"'mystery\.weight' is not part of the LLaVA-UHD v1"):
+        load_pretrained(folder)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
+def test_truncated_weights(ours: Path, share: float) -> None:
+    file = ours / "model.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[: int(len(content) * share)])
+    with pytest.raises(UserError, match=r"model\.safetensors cannot be read as weights"):
+        load_pretrained(ours)
+
+
+@pytest.mark.parametrize("kind", ["zip", "old", "plain", "garbage", "list", "empty", "truncated"])
+def test_binary_files_are_never_executed(ours: Path, kind: str, tmp_path: Path) -> None:
+    import pickle
+
+    victim = tmp_path / "victim"
+
+    class Bomb:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.system, (f"touch {victim}",)
+
+    file = ours / "pytorch_model.bin"
+    state = load_file(ours / "model.safetensors")
+    (ours / "model.safetensors").unlink()
+    if kind in ("zip", "old"):
+        torch.save({**state, KEY: Bomb()}, file, _use_new_zipfile_serialization=kind == "zip")
+    elif kind == "list":
+        torch.save([torch.zeros(1)], file)
+    elif kind == "truncated":
+        torch.save(state, file)
+        file.write_bytes(file.read_bytes()[:5000])
+    else:
+        content = {"plain": pickle.dumps({KEY: Bomb()}), "garbage": os.urandom(999), "empty": b""}
+        file.write_bytes(content[kind])
+    with pytest.raises(UserError, match=r"pytorch_model\.bin") as caught:
+        load_pretrained(ours)
+    assert "\n" not in str(caught.value)
+    assert not victim.exists()
+
+
+def test_bomb_in_a_projector_file(published: Path, base: Path, tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+
+    class Bomb:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.system, (f"touch {victim}",)
+
+    folder = tmp_path / "projector"
+    folder.mkdir()
+    shutil.copy(published / "config.json", folder)
+    torch.save({"model.mm_projector.query": Bomb()}, folder / "mm_projector.bin")
+    with pytest.raises(UserError, match=r"mm_projector\.bin cannot be read as weights"):
+        load_pretrained(folder, base=base, vision_tower=published / "clip")
+    assert not victim.exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["../outside.safetensors", "/etc/outside.safetensors", "sub/x.bin"]
+)
+def test_index_that_points_outside(ours: Path, name: str) -> None:
+    shutil.copy(ours / "model.safetensors", ours.parent / "outside.safetensors")
+    os.symlink(ours / "model.safetensors", ours.parent / "link.safetensors")
+    (ours / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {KEY: name}}))
+    for given in (name, "../link.safetensors"):
+        (ours / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {KEY: given}}))
+        with pytest.raises(UserError, match="outside the folder"):
+            load_pretrained(ours)
+
+
+def test_linked_shards_are_followed(ours: Path) -> None:
+    """The hub's cache keeps files elsewhere and links to them."""
+    split(ours, binary=False)
+    store = ours.parent / "blobs"
+    store.mkdir()
+    for file in weight_files(ours):
+        file.rename(store / file.name)
+        os.symlink(store / file.name, file)
+    assert_same(tiny_parts()[0], load_pretrained(ours)[0])
+
+
+@pytest.mark.parametrize("content", [{"weight_map": [1]}, {"weight_map": {KEY: 3}}, {}, {"a": 1}])
+def test_malformed_index(ours: Path, content: Any) -> None:
+    (ours / "model.safetensors").unlink()
+    (ours / "model.safetensors.index.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"model\.safetensors\.index\.json"):
+        load_pretrained(ours)
+
+
+def test_missing_shards_are_named(ours: Path) -> None:
+    split(ours, binary=False)
+    (ours / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(UserError, match=r"1 of 3 weight files.*model-00002-of-00003"):
+        load_pretrained(ours)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "\x00\x01"])
+def test_config_that_is_not_json(ours: Path, content: str) -> None:
+    (ours / "config.json").write_text(content)
+    with pytest.raises(UserError, match=r"config\.json") as caught:
+        load_pretrained(ours)
+    assert "\n" not in str(caught.value)
+
+
+def test_config_with_an_unknown_key(ours: Path) -> None:
+    values = json.loads((ours / "config.json").read_text())
+    values["image"]["max_slice"] = 3
+    (ours / "config.json").write_text(json.dumps(values))
+    with pytest.raises(UserError, match=r"image\.max_slice.*did you mean 'max_slices'"):
+        load_pretrained(ours)
+
+
+@pytest.mark.parametrize(
+    ("part", "values"),
+    [
+        ("text_config", {"hidden_size": "wide"}),
+        ("text_config", {"model_type": "unheard_of"}),
+        ("vision_config", {"model_type": None}),
+        ("projector", [1]),
+    ],
+)
+def test_config_with_impossible_values(ours: Path, part: str, values: Any) -> None:
+    config = json.loads((ours / "config.json").read_text())
+    config[part] = {**config[part], **values} if isinstance(values, dict) else values
+    (ours / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"ours/config\.json") as caught:
+        load_pretrained(ours)
+    assert "\n" not in str(caught.value)
+
+
+def test_models_that_are_not_ours(ours: Path, tmp_path: Path) -> None:
+    (ours / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    with pytest.raises(UserError, match="'bert'.*not a LLaVA-UHD model"):
+        load_pretrained(ours)
+    with pytest.raises(UserError, match=r"config\.json does not exist"):
+        load_pretrained(tmp_path)
+    with pytest.raises(UserError, match="is a file, expected a folder"):
+        load_pretrained(ours / "config.json")
+
+
+@pytest.mark.parametrize("name", ["processor_config.json", "tokenizer.json"])
+def test_missing_text_files(ours: Path, name: str) -> None:
+    (ours / name).unlink()
+    with pytest.raises(UserError, match=str(ours)) as caught:
+        load_pretrained(ours)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_weights(ours: Path) -> None:
+    (ours / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="pass base and vision_tower"):
+        load_pretrained(ours)
+    with pytest.raises(UserError, match="has no weights"):
+        read_folder(ours)
+
+
+@pytest.mark.parametrize("file", ["projector.safetensors", "mm_projector.bin"])
+def test_damaged_projector(file: str, tmp_path: Path) -> None:
+    (tmp_path / file).write_bytes(b"not tensors")
+    with pytest.raises(UserError, match=rf"{file} cannot be read as weights"):
+        read_projector(tmp_path, tiny_parts()[0].config)
+
+
+def test_hub_names_without_a_network() -> None:
+    with pytest.raises(UserError, match="model 'someone/some-model' is neither.*pass the folder"):
+        load_pretrained("someone/some-model")
+    with pytest.raises(UserError, match=r"model \./gone does not exist"):
+        load_pretrained("./gone")
+    with pytest.raises(UserError, match="hf download lmsys/vicuna-7b-v1.5 --local-dir"):
+        load_pretrained("pretrained_models/vicuna-7b-v1.5")
