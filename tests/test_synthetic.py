@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from llava_uhd.config.recipe import load_recipe
 from llava_uhd.data import synthetic
 from llava_uhd.data.drawing import CELL, COLOURS, PITCH, Mark, Scene, Sign, glyph, render
 from llava_uhd.data.records import read_records
@@ -193,3 +195,17 @@ def test_command(
     synthetic.main()
     assert "nothing to do" in capsys.readouterr().out
     assert len(json.loads((tmp_path / "d/finetune.json").read_text())) == 2
+
+
+def test_control_recipes_differ_in_the_image_only() -> None:
+    ours = load_recipe("quickstart/finetune")
+    for name, key, value in (
+        ("squeeze", "strategy", "squeeze"),
+        ("blurred", "detail_side", 64),
+    ):
+        control = load_recipe(f"quickstart/finetune_{name}")
+        assert getattr(control.model.image, key) == value != getattr(ours.model.image, key)
+        assert control.data == ours.data and control.stage == ours.stage
+        assert control.trainer.arguments == ours.trainer.arguments
+        model = dataclasses.replace(control.model, image=ours.model.image)
+        assert model == ours.model

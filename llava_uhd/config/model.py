@@ -27,6 +27,8 @@ class ImageConfig:
         bounded: keep views within 16:1 (False reproduces published plans for any shape).
         long_side: resize images to this long side before planning, or None. The published
             evaluation loader uses 1024.
+        detail_side: shrink images to a square of this side and blow them up again before they are
+            cut, or None. A control for experiments: every view and token stays, detail goes.
         mean: of the normalised channels, in [0, 1].
         std: of the normalised channels, in [0, 1].
         image_token_id: id of the placeholder in ``input_ids``; never embedded.
@@ -40,6 +42,7 @@ class ImageConfig:
     patch_size: int = 14
     bounded: bool = True
     long_side: int | None = None
+    detail_side: int | None = None
     mean: tuple[float, ...] = CLIP_MEAN
     std: tuple[float, ...] = CLIP_STD
     image_token_id: int | None = None

@@ -162,6 +162,21 @@ def pack_views(
     return torch.cat(patches), torch.tensor(plan.view_grids, dtype=torch.long)
 
 
+def remove_detail(image: Image.Image, side: int) -> Image.Image:
+    """The image as it looks after being squeezed into a square of ``side`` pixels.
+
+    Returns:
+        RGB image of the same size, blown up again from the square.
+
+    Raises:
+        UserError: ``side`` is below 1.
+    """
+    if side < 1:
+        raise UserError(f"image.detail_side must be at least 1, got {side}")
+    small = image.resize((side, side), Image.Resampling.BICUBIC)
+    return small.resize(image.size, Image.Resampling.BICUBIC)
+
+
 def unpack_view(
     patches: torch.Tensor, grid: tuple[int, int], mean: tuple[float, ...], std: tuple[float, ...]
 ) -> Image.Image:

@@ -12,7 +12,7 @@ from transformers import AutoProcessor, BatchFeature, PreTrainedTokenizerBase, P
 from llava_uhd.config.model import ImageConfig, LlavaUHDConfig, ProjectorConfig, make_part
 from llava_uhd.errors import UserError
 from llava_uhd.images.geometry import SlicePlan, num_image_positions
-from llava_uhd.images.pixels import ImageSource, open_image, pack_views
+from llava_uhd.images.pixels import ImageSource, open_image, pack_views, remove_detail
 from llava_uhd.images.strategies import plan_image, prepared_size
 from llava_uhd.images.tokens import view_token_counts
 from llava_uhd.text.encoding import IGNORE_INDEX, Encoding, encode_spans
@@ -149,6 +149,8 @@ class LlavaUHDProcessor(ProcessorMixin):
             size = prepared_size(self._image, *image.size)
             if size != image.size:
                 image = image.resize(size, resample=3)  # Pillow's bicubic filter
+            if self._image.detail_side is not None:
+                image = remove_detail(image, self._image.detail_side)
             unprepared = dataclasses.replace(self._image, long_side=None)
             plan = plan_image(unprepared, *size, overview_only)
             counts = view_token_counts(self._projector, plan.view_grids)
