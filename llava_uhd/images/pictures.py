@@ -66,7 +66,7 @@ def slice_grid_picture(image: Image.Image, plan: SlicePlan) -> Image.Image:
 
 
 def _fit(size: Size, limit: Size) -> float:
-    """Largest scale at which ``size`` stays inside ``limit``; small pictures grow at most 4 times."""
+    """Largest scale at which ``size`` stays inside ``limit``; grows at most 4 times."""
     return min(limit[0] / size[0], limit[1] / size[1], 4.0)
 
 

@@ -101,25 +101,31 @@ class WindowAttention(nn.Module):
         """
         w_q, w_k, w_v = self.in_proj_weight.chunk(3)
         b_q, _, b_v = self.in_proj_bias.chunk(3)
-        absorbed = self._absorb(F.linear(query, w_q, b_q), w_k)  # (Q, D, H)
+        absorbed = self._absorb(F.linear(query, w_q, b_q), w_k)  # (Q, H, D)
         views = value.split([rows * columns for rows, columns in grids])
         outputs: list[torch.Tensor] = [query] * len(grids)
         for grid in dict.fromkeys(grids):
             members = [index for index, other in enumerate(grids) if other == grid]
-            offset = self._pool([positions[grid]], grid) @ absorbed.unsqueeze(1)  # (Q, 1, bins, H)
+            place = self._pool([positions[grid]], grid)  # (Q, 1, bins, D)
             cells = self._pool([views[index] for index in members], grid)  # (Q, n, bins, D)
-            scores = (cells.flatten(1, 2) @ absorbed).unflatten(1, cells.shape[1:3]) + offset
-            weights = scores.softmax(2, dtype=torch.float32).to(cells.dtype)  # (Q, n, bins, H)
+            scores = self._score(absorbed, cells) + self._score(absorbed, place)  # (Q, n, H, bins)
+            weights = scores.softmax(-1, dtype=torch.float32).to(cells.dtype)
             attended = self._mix(weights, cells, w_v)  # (Q, n, D)
             for index, view in zip(members, attended.unbind(1), strict=True):
                 outputs[index] = view
         return self.out_proj(torch.stack(outputs) + b_v)
 
     def _absorb(self, query: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Scaled queries (Q, D) through the transposed key projection (D, D): (Q, D, H)."""
+        """Scaled queries (Q, D) through the transposed key projection (D, D): (Q, H, D)."""
         query = query.unflatten(-1, (self.num_heads, -1)).transpose(0, 1)  # (H, Q, d)
         query = query * query.shape[-1] ** -0.5
-        return (query @ weight.unflatten(0, (self.num_heads, -1))).permute(1, 2, 0)
+        return (query @ weight.unflatten(0, (self.num_heads, -1))).transpose(0, 1)
+
+    @staticmethod
+    def _score(absorbed: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
+        """(Q, H, D) against (Q, n, bins, D): (Q, n, H, bins)."""
+        scores = absorbed @ cells.flatten(1, 2).transpose(1, 2)  # (Q, H, n * bins)
+        return scores.unflatten(2, cells.shape[1:3]).transpose(1, 2)
 
     def _pool(self, views: list[torch.Tensor], grid: Grid) -> torch.Tensor:
         """Views of one shape to (Q, n, bins, D)."""
@@ -132,7 +138,7 @@ class WindowAttention(nn.Module):
         """Averages the cells for each head, then projects each head.
 
         Args:
-            weights: (Q, n, bins, H).
+            weights: (Q, n, H, bins).
             cells: (Q, n, bins, D).
             projection: (D, D) of the values.
 
@@ -145,7 +151,7 @@ class WindowAttention(nn.Module):
         step = max(MIXED_ELEMENTS // (cells.shape[1] * heads * width), 1)
         outputs = []
         for some_weights, some_cells in zip(weights.split(step), cells.split(step), strict=True):
-            mixed = some_weights.transpose(2, 3) @ some_cells  # (q, n, H, D)
+            mixed = some_weights @ some_cells  # (q, n, H, D)
             values = mixed.flatten(0, 1).transpose(0, 1) @ projection  # (H, q * n, d)
             outputs.append(values.transpose(0, 1).reshape(*mixed.shape[:2], width))
         return torch.cat(outputs)
