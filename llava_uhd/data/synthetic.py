@@ -59,12 +59,13 @@ TRAIN_SIZES = (
     (128, 128),
     (256, 64),
     (64, 256),
+    (384, 64),
+    (64, 384),
     (160, 96),
     (96, 160),
-    (128, 64),
 )
-# The largest areas, two of them no multiple of the tile.
-EVAL_SIZES = ((192, 128), (128, 192), (184, 112), (112, 184))
+# The largest areas, two of them no multiple of the tile, and the longest shapes.
+EVAL_SIZES = ((192, 128), (128, 192), (184, 112), (112, 184), (384, 64), (64, 384))
 
 SIGN_QUESTION = "What does the sign say?"
 MARK_QUESTIONS = {
@@ -75,7 +76,7 @@ CAPTION_REQUEST = "Read the picture."
 
 # One stream of random numbers per kind of picture.
 STREAMS = {"pretrain": 1, "finetune": 2, "eval": 3}
-FORMAT = 1  # raise when the same parameters would draw something else
+FORMAT = 2  # raise when the same parameters would draw something else
 
 
 @dataclass(frozen=True)
@@ -229,15 +230,15 @@ def sign_cut(scene: Scene) -> str:
 
 
 def finetune_turns(scene: Scene, index: int) -> list[dict[str, str]]:
-    """Conversation about a picture: the sign; for every third picture also its mark.
+    """Conversation about a picture: the sign; for every second picture also its mark.
 
     Colour and shape alternate, and so does the order of the two questions.
     """
     rounds = [(SIGN_QUESTION, scene.signs[0].text)]
-    if index % 3 == 0:
-        kind = "colour" if index // 3 % 2 == 0 else "shape"
+    if index % 2 == 0:
+        kind = "colour" if index // 2 % 2 == 0 else "shape"
         about_mark = (MARK_QUESTIONS[kind], getattr(scene.marks[0], kind))
-        rounds.insert(index // 6 % 2, about_mark)
+        rounds.insert(index // 4 % 2, about_mark)
     turns = []
     for number, (question, answer) in enumerate(rounds):
         prefix = "<image>\n" if number == 0 else ""
