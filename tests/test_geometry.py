@@ -209,8 +209,10 @@ def test_token_counts() -> None:
 @pytest.mark.parametrize(
     ("ratio", "bins"),
     # Thresholds of width / height in the fact sheet: rows x columns.
-    [(0.57, (4, 2)), (0.7, (3, 2)), (0.86, (4, 3)), (1.0, (3, 3)), (1.15, (3, 3))]
-    + [(1.16, (3, 4)), (1.41, (3, 4)), (1.42, (2, 3)), (1.73, (2, 3)), (1.74, (2, 4))],
+    [
+        *[(0.57, (4, 2)), (0.7, (3, 2)), (0.86, (4, 3)), (1.0, (3, 3)), (1.15, (3, 3))],
+        *[(1.16, (3, 4)), (1.41, (3, 4)), (1.42, (2, 3)), (1.73, (2, 3)), (1.74, (2, 4))],
+    ],
 )
 def test_pool_bins(ratio: float, bins: tuple[int, int]) -> None:
     assert pool_bins(1000, round(1000 * ratio)) == bins

@@ -186,6 +186,7 @@ def test_resampled_positions_are_the_table_on_its_own_grid() -> None:
     assert half.dtype == torch.bfloat16
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
 def test_checkpointing_gives_the_same_gradients() -> None:
     config = LlavaUHDConfig(
         vision_config=vision_config(),
