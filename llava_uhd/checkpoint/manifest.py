@@ -23,6 +23,13 @@ def library_versions() -> dict[str, str]:
     return versions
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Writes a text file that is never seen half-written, whenever the process is killed."""
+    unfinished = path.with_name(path.name + ".part")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(path)
+
+
 def write_manifest(folder: Path, **facts: Any) -> None:
     """Writes the manifest of an output folder.
 
@@ -33,7 +40,7 @@ def write_manifest(folder: Path, **facts: Any) -> None:
     """
     values = {"format": 1, **facts, "versions": library_versions()}
     text = json.dumps(values, indent=2, sort_keys=True, default=str) + "\n"
-    (folder / MANIFEST_FILE).write_text(text, encoding="utf-8")
+    write_whole(folder / MANIFEST_FILE, text)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

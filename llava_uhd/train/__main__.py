@@ -40,8 +40,11 @@ def main() -> None:
         return
     # Everything that can be wrong with the inputs is found before the model is loaded.
     check_parts(recipe.model)
-    records = open_records(use_embedded(recipe).data)
-    folder = prepare_output(recipe)
+    # The first process draws data and writes files; the others then find them complete.
+    with arguments.main_process_first(local=False):
+        records = open_records(use_embedded(recipe).data)
+        folder = prepare_output(recipe)
+        checkpoint = last_complete_checkpoint(folder)
     set_seed(arguments.seed)
     parts = assemble(
         recipe.model, recipe.compression, weight_dtype(recipe, deepspeed), demo_tokenizer
@@ -50,7 +53,6 @@ def main() -> None:
     dataset = ConversationDataset(records, parts.processor, recipe.data, arguments.seed)
     announce(recipe, arguments, parts, dataset)
     trainer = build_trainer(recipe, arguments, parts, dataset, folder)
-    checkpoint = last_complete_checkpoint(folder)
     if checkpoint is not None:
         say(f"Going on from {checkpoint}")
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

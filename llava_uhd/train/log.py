@@ -8,6 +8,8 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from llava_uhd.checkpoint.manifest import write_whole
+
 LOG_FILE = "log.jsonl"
 CURVE_FILE = "loss.png"
 
@@ -46,7 +48,7 @@ class JsonLog(TrainerCallback):
         if state.global_step == 0:
             kept = []
         text = "".join(json.dumps(entry) + "\n" for entry in kept)
-        (self.folder / LOG_FILE).write_text(text, encoding="utf-8")
+        write_whole(self.folder / LOG_FILE, text)
 
     def on_log(
         self,

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from llava_uhd.checkpoint.manifest import read_manifest
+from llava_uhd.checkpoint.manifest import read_manifest, write_whole
 from llava_uhd.config.training import Recipe
 from llava_uhd.config.typed import load_yaml
 from llava_uhd.errors import UserError
@@ -54,19 +54,24 @@ def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -
 def is_finished(recipe: Recipe) -> bool:
     """Whether this very run has written its result already.
 
+    A run that left neither a result nor a checkpoint is forgotten: nothing of it would be mixed
+    into this one.
+
     Raises:
         UserError: the output folder holds a run with other settings.
     """
     folder = Path(recipe.output_dir)
     path = folder / RECIPE_FILE
-    if path.is_file():
+    finished = bool(read_manifest(folder).get("finished"))
+    begun = finished or any(_is_complete(each) for each in folder.glob("checkpoint-*"))
+    if begun and path.is_file():
         changed = differences(_comparable(load_yaml(path)), _comparable(recipe.to_dict()))
         if changed:
             raise UserError(
                 f"{folder} holds a run with other settings ({'; '.join(changed[:4])}): set "
                 "--trainer.output_dir to a new folder, or remove this one"
             )
-    return bool(read_manifest(folder).get("finished"))
+    return finished
 
 
 def prepare_output(recipe: Recipe) -> Path:
@@ -78,7 +83,7 @@ def prepare_output(recipe: Recipe) -> Path:
     folder = Path(recipe.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
+        write_whole(folder / RECIPE_FILE, recipe.to_yaml())
     except OSError as error:
         raise UserError(f"output folder {folder} cannot be written: {error}") from error
     return folder

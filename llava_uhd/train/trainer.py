@@ -107,6 +107,14 @@ class StageTrainer(Trainer):
             self.optimizer = kind(groups, **options)
         return self.optimizer
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # The library takes a step before it asks whether there is one left to take: a run that
+        # was killed between its last checkpoint and its result would get one too many.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> torch.Tensor:
