@@ -15,7 +15,7 @@ from llava_uhd.errors import UserError, command
 from llava_uhd.images.cost import image_cost
 from llava_uhd.images.geometry import SlicePlan
 from llava_uhd.images.pictures import slice_grid_picture
-from llava_uhd.images.pixels import open_image
+from llava_uhd.images.pixels import open_image, remove_detail
 from llava_uhd.images.strategies import plan_image, prepared_size
 from llava_uhd.images.tokens import view_token_counts
 
@@ -48,7 +48,9 @@ def parse() -> argparse.Namespace:
 def prepare(
     image: Image.Image, config: LlavaUHDConfig, overview_only: bool = False
 ) -> tuple[Image.Image, SlicePlan]:
-    """The image after the configured pre-resize, and the plan of its views."""
+    """The image as the processor prepares it, and the plan of its views."""
+    if config.image.detail_side is not None:
+        image = remove_detail(image, config.image.detail_side)
     size = prepared_size(config.image, *image.size)
     if size != image.size:
         image = image.resize(size, Image.Resampling.BICUBIC)

@@ -11,6 +11,7 @@ from math import isqrt
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 
 from llava_uhd.config.model import LlavaUHDConfig
@@ -147,14 +148,33 @@ class WindowAttention(nn.Module):
         """
         heads, width = self.num_heads, cells.shape[-1]
         projection = projection.unflatten(0, (heads, -1)).transpose(1, 2)  # (H, D, d)
-        # The averages have H times the size of the result: only some windows at a time.
+        # The averages have H times the size of the result: only some windows at a time, and made
+        # again in the backward pass instead of kept.
         step = max(MIXED_ELEMENTS // (cells.shape[1] * heads * width), 1)
+        parts = zip(weights.split(step), cells.split(step), strict=True)
+        if not torch.is_grad_enabled():
+            return torch.cat([_project_averages(*part, projection) for part in parts])
         outputs = []
-        for some_weights, some_cells in zip(weights.split(step), cells.split(step), strict=True):
-            mixed = some_weights @ some_cells  # (q, n, H, D)
-            values = mixed.flatten(0, 1).transpose(0, 1) @ projection  # (H, q * n, d)
-            outputs.append(values.transpose(0, 1).reshape(*mixed.shape[:2], width))
+        for part in parts:
+            outputs.append(
+                checkpoint(
+                    _project_averages,
+                    *part,
+                    projection,
+                    use_reentrant=False,
+                    preserve_rng_state=False,
+                )
+            )
         return torch.cat(outputs)
+
+
+def _project_averages(
+    weights: torch.Tensor, cells: torch.Tensor, projection: torch.Tensor
+) -> torch.Tensor:
+    """(Q, n, H, bins), (Q, n, bins, D) and (H, D, d) to (Q, n, H * d)."""
+    mixed = weights @ cells  # (Q, n, H, D)
+    values = mixed.flatten(0, 1).transpose(0, 1) @ projection  # (H, Q * n, d)
+    return values.transpose(0, 1).reshape(*mixed.shape[:2], -1)
 
 
 @PROJECTORS.register("spatial_resampler")
