@@ -18,7 +18,12 @@ from llava_uhd.bench.__main__ import COMMANDS, main
 from llava_uhd.bench.cost import PRESETS, preset_model
 from llava_uhd.bench.plain import resample, roi_align, sampled_roi_align
 from llava_uhd.bench.timing import LiveBytes, Variant, compare
-from llava_uhd.checkpoint.shapes import KNOWN_LANGUAGE_MODELS, describe_recipe, known_model
+from llava_uhd.checkpoint.shapes import (
+    KNOWN_LANGUAGE_MODELS,
+    describe_checkpoint,
+    describe_recipe,
+    known_model,
+)
 from llava_uhd.config.model import LlavaUHDConfig, make_config
 from llava_uhd.config.recipe import list_recipes, load_recipe
 from llava_uhd.errors import UserError
@@ -204,6 +209,13 @@ def test_unknown_shapes_are_named() -> None:
         known_model("vicuna-70b", 144)
 
 
+def test_published_checkpoint_folder(golden: Path) -> None:
+    config = describe_checkpoint(golden / "uhd_v1/tiny_checkpoint")
+    model = LlavaUHDForConditionalGeneration(config)
+    assert count_parameters(config).total == count(model)
+    assert config.hidden_size == 128 and config.projector.num_queries == 144
+
+
 def test_every_recipe_has_a_cost() -> None:
     names = list_recipes()
     assert len(names) >= 4
@@ -336,6 +348,8 @@ def test_bad_words(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
     ):
         with pytest.raises(UserError):
             bench(monkeypatch, *words)
+    with pytest.raises(UserError, match="checkpoint nowhere is not here.*train it first"):
+        describe_checkpoint("nowhere")
 
 
 def test_every_command_registers() -> None:

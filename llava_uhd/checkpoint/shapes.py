@@ -128,6 +128,11 @@ def describe_checkpoint(path: str | Path) -> LlavaUHDConfig:
         UserError: no such folder, or an unknown layout.
     """
     folder = Path(path)
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"checkpoint {folder} is not here (no config.json): its shape is read from it; train it "
+            "first (bash pretrain.sh, bash finetune.sh), or choose another recipe or folder"
+        )
     values = read_json(folder / "config.json")
     if values.get("model_type") == "llava_uhd":
         return LlavaUHDConfig.from_pretrained(folder)
