@@ -130,8 +130,8 @@ def describe_checkpoint(path: str | Path) -> LlavaUHDConfig:
     folder = Path(path)
     if not (folder / "config.json").is_file():
         raise UserError(
-            f"checkpoint {folder} is not here (no config.json): its shape is read from it; train it "
-            "first (bash pretrain.sh, bash finetune.sh), or choose another recipe or folder"
+            f"checkpoint {folder} is not here (no config.json): its shape is read from it; train "
+            "it first (bash pretrain.sh, bash finetune.sh), or choose another recipe or folder"
         )
     values = read_json(folder / "config.json")
     if values.get("model_type") == "llava_uhd":
