@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,13 +12,15 @@ from typing import Any
 
 import pytest
 import torch
-from fixtures_tiny import LLAMA, QWEN2, picture, tiny_parts
+from fixtures_tiny import LLAMA, QWEN2, VISION, picture, tiny_parts
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
+    CLIPConfig,
+    CLIPModel,
     LlamaConfig,
     LlamaForCausalLM,
 )
@@ -28,14 +31,17 @@ from llava_uhd.checkpoint.parts import (
     PROJECTOR_FILE,
     projector_facts,
     read_projector,
+    read_tower,
+    read_tower_config,
     save_projector,
 )
 from llava_uhd.checkpoint.published import UHD_V1, our_key, published_key
-from llava_uhd.checkpoint.weights import read_folder, weight_files
+from llava_uhd.checkpoint.weights import read_folder, read_tensors, weight_files
 from llava_uhd.config.model import LlavaUHDConfig
 from llava_uhd.errors import UserError
 from llava_uhd.model.modeling import LlavaUHDForConditionalGeneration
 from llava_uhd.text.processor import LlavaUHDProcessor
+from llava_uhd.vision.towers import VisionTower
 
 Parts = tuple[LlavaUHDForConditionalGeneration, LlavaUHDProcessor]
 
@@ -224,6 +230,19 @@ def test_published_to_ours_and_back(expected: Parts, published: Path, tmp_path: 
     assert {our_key(UHD_V1, key, 2) for key in stored} - {None} == set(names)
 
 
+def test_tower_of_our_checkpoint_can_be_replaced(
+    expected: Parts, published: Path, tmp_path: Path
+) -> None:
+    folder = save(tmp_path / "ours", expected)
+    shutil.copytree(published / "clip", tmp_path / "clip")
+    assert_same(expected[0], load_pretrained(folder, vision_tower=tmp_path / "clip")[0])
+    disturb(tmp_path / "clip/model.safetensors")
+    other, _ = load_pretrained(folder, vision_tower=tmp_path / "clip")
+    for name, tensor in expected[0].state_dict().items():
+        same = torch.equal(other.state_dict()[name], tensor)
+        assert same != name.startswith("vision_tower."), name
+
+
 def test_separators_follow_the_tokenizer(expected: Parts) -> None:
     image = expected[0].config.image
     assert (image.newline_id, image.image_token_id) == (13, 400)
@@ -270,6 +289,30 @@ def test_checkpoint_without_vision_weights(
     kept = {key: tensor for key, tensor in state.items() if "vision_tower" not in key}
     save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
     assert_same(expected[0], load_pretrained(folder)[0])
+
+
+def test_tower_inside_a_whole_clip_model(tmp_path: Path) -> None:
+    """The folder that the hub holds: text half, projections and an index table beside the tower."""
+    values = {key: value for key, value in VISION.items() if key != "model_type"}
+    text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    text |= {"num_attention_heads": 2, "vocab_size": 40, "eos_token_id": 2, "bos_token_id": 1}
+    whole = CLIPModel(CLIPConfig(vision_config=values, text_config=text))
+    whole.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    state["vision_model.embeddings.position_ids"] = torch.arange(17)[None]
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    config = read_tower_config(tmp_path)
+    tower = VisionTower(config, -2)
+    found = {
+        k.removeprefix("vision_tower."): v for k, v in read_tower(tmp_path, config, -2).items()
+    }
+    tower.load_state_dict(found)
+    image = torch.rand(1, 3, 32, 32)
+    patches = image.reshape(1, 3, 4, 8, 4, 8).permute(0, 2, 4, 1, 3, 5).reshape(16, -1)
+    with torch.no_grad():
+        output = whole.vision_model(image, output_hidden_states=True).hidden_states[-2][0, 1:]
+        ours = tower(patches, torch.tensor([[4, 4]]))
+    assert (ours - output).abs().max() <= 1e-5
 
 
 @pytest.mark.parametrize("binary", [False, True])
@@ -441,12 +484,38 @@ def test_binary_files_are_never_executed(ours: Path, kind: str, tmp_path: Path) 
         torch.save(state, file)
         file.write_bytes(file.read_bytes()[:5000])
     else:
-        content = {"plain": pickle.dumps({KEY: Bomb()}), "garbage": os.urandom(999), "empty": b""}
+        content = {
+            "plain": pickle.dumps({KEY: Bomb()}),
+            "garbage": random.Random(2).randbytes(999),
+            "empty": b"",
+        }
         file.write_bytes(content[kind])
     with pytest.raises(UserError, match=r"pytorch_model\.bin") as caught:
         load_pretrained(ours)
     assert "\n" not in str(caught.value)
     assert not victim.exists()
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("zipped", [True, False])
+def test_damaged_binary_files_fail_in_one_way(zipped: bool, tmp_path: Path) -> None:
+    """Whatever a flipped byte does to the reader inside, the caller sees one kind of error."""
+    file = tmp_path / "pytorch_model.bin"
+    state = {"a": torch.zeros(30), "b": torch.ones(5)}
+    torch.save(state, file, _use_new_zipfile_serialization=zipped)
+    content = file.read_bytes()
+    draw = random.Random(0)
+    refused = 0
+    for _ in range(300):
+        damaged = bytearray(content)
+        for _ in range(draw.choice([1, 5])):
+            damaged[draw.randrange(min(len(damaged), 400))] = draw.randrange(256)
+        file.write_bytes(damaged)
+        try:
+            list(read_tensors(file))
+        except UserError:
+            refused += 1
+    assert refused > 50
 
 
 def test_bomb_in_a_projector_file(published: Path, base: Path, tmp_path: Path) -> None:

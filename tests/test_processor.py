@@ -212,6 +212,9 @@ def test_no_user_text_makes_a_placeholder_but_the_marker(processor: LlavaUHDProc
 
 
 def test_refusals(processor: LlavaUHDProcessor) -> None:
+    for nothing in (None, []):
+        with pytest.raises(UserError, match="needs text"):
+            processor(text=nothing, images=[picture(9, 9)])
     with pytest.raises(UserError, match="videos"):
         processor(text="a", videos=[1])
     with pytest.raises(UserError, match="https://x.test/a.png"):

@@ -418,13 +418,22 @@ def test_broken_again_and_again(train: Train, unbroken: Path) -> None:
     assert_same_run(unbroken, train("debug/finetune", "out/again", *LONG))
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "everything"])
-def test_going_on_in_other_stages(train: Train, stage: str) -> None:
-    words = ["debug/pretrain", f"out/{stage}", "--trainer.max_steps", "5"]
-    if stage == "everything":
-        for part in ("vision_tower", "language_model"):
-            words += [f"--stage.learn.{part}", "true"]
-    break_at(3, train, *words)
+VARIANTS = {
+    "pretrain": ["--trainer.max_steps", "5"],
+    "everything": ["--trainer.max_steps", "5", "--stage.learn.vision_tower", "true",
+                   "--stage.learn.language_model", "true"],
+    # Sixteen samples do not divide by six, and epochs count instead of steps.
+    "uneven": ["--trainer.global_batch_size", "6", "--trainer.num_train_epochs", "2"],
+    # An entry of the log averages over steps on both sides of a checkpoint.
+    "sparse log": ["--trainer.max_steps", "9", "--trainer.logging_steps", "3"],
+    "workers": ["--trainer.max_steps", "7", "--trainer.dataloader_num_workers", "1"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_going_on_in_other_runs(train: Train, variant: str) -> None:
+    words = ["debug/pretrain", f"out/{variant.replace(' ', '_')}", *VARIANTS[variant]]
+    break_at(6 if variant == "sparse log" else 3, train, *words)
     broken = train(*words)
     words[1] += "_unbroken"
     assert_same_run(train(*words), broken)
@@ -537,6 +546,23 @@ def test_broken_images_are_counted(train: Train, workplace: Path) -> None:
     few = ("--data.on_broken_image", "skip", "--data.max_broken", "0.1")
     with pytest.raises(UserError, match="2 broken samples"):
         train("debug/finetune", "out/few", *words, *few)
+
+
+def test_texts_and_images_mixed(train: Train, workplace: Path) -> None:
+    """Batches of one modality each, as the published sampler makes them."""
+    rows = json.loads((workplace / "playground/data/debug/finetune.json").read_text())[:8]
+    for index in range(8):
+        talk = [{"from": "human", "value": "How many?"}, {"from": "gpt", "value": "three " * index}]
+        rows.append({"id": f"text-{index}", "conversations": talk})
+    (workplace / "mixed.json").write_text(json.dumps(rows))
+    words = ("--data.path", "mixed.json", "--data.image_folder",
+             "playground/data/debug/images", "--stage.learn.vision_tower", "true")  # fmt: skip
+    assert load_recipe("debug/finetune").trainer.group_by_modality_length
+    break_at(3, train, "debug/finetune", "out/mixed", *FROM_NOTHING, *words)
+    broken = train("debug/finetune", "out/mixed", *FROM_NOTHING, *words)
+    whole = train("debug/finetune", "out/mixed_unbroken", *FROM_NOTHING, *words)
+    assert_same_run(whole, broken)
+    assert all(0 < entry["loss"] < 20 for entry in steps(whole))
 
 
 # --- several processes ----------------------------------------------------------------------------

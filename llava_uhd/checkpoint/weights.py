@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -78,22 +77,29 @@ def read_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
     Raises:
         UserError: damaged file, or a ``.bin`` file that holds anything but tensors.
     """
+    if path.suffix != ".safetensors":
+        yield from _read_binary(path).items()
+        return
     try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118
-                    yield key, file.get_tensor(key)
-            return
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118
+                yield key, file.get_tensor(key)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} cannot be read as weights ({first_line(error)})") from error
+
+
+def _read_binary(path: Path) -> Tensors:
+    try:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError:
             # Files of the old torch format cannot be mapped.
             state = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(state, dict) or not all(torch.is_tensor(x) for x in state.values()):
-            raise UserError(f"{path} does not hold a plain dictionary of tensors")
-        yield from state.items()
-    except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError, OSError) as error:
+    except Exception as error:  # a damaged pickle can fail in any way at all
         raise UserError(f"{path} cannot be read as weights ({first_line(error)})") from error
+    if not isinstance(state, dict) or not all(torch.is_tensor(x) for x in state.values()):
+        raise UserError(f"{path} does not hold a plain dictionary of tensors")
+    return state
 
 
 def first_line(error: Exception) -> str:

@@ -192,7 +192,7 @@ class LlavaUHDProcessor(ProcessorMixin):
         Raises:
             UserError: markers and images differ in number, or an image cannot be read.
         """
-        if text is None:
+        if text is None or text == []:
             raise UserError("the processor needs text; an image alone is the text '<image>'")
         if videos:
             raise UserError("this model reads images only, not videos: pass frames as images")

@@ -50,6 +50,16 @@ class JsonLog(TrainerCallback):
         text = "".join(json.dumps(entry) + "\n" for entry in kept)
         write_whole(self.folder / LOG_FILE, text)
 
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Logs where a checkpoint is written, because losses since the last entry are not in it.
+
+        A run that goes on from there would average over fewer steps than an unbroken one.
+        """
+        if control.should_save:
+            control.should_log = True
+
     def on_log(
         self,
         args: TrainingArguments,
