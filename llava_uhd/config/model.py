@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -124,7 +125,9 @@ def make_part(kind: type[Part], values: Part | dict[str, Any] | None, where: str
 def make_config(values: PreTrainedConfig | dict[str, Any], where: str) -> PreTrainedConfig:
     """Builds a transformers configuration from a dict that carries its ``model_type``."""
     if isinstance(values, PreTrainedConfig):
-        return values
+        # A copy: the parent resets the attention backend of its parts, and a language model that
+        # shared the object would go on without its causal mask.
+        return copy.deepcopy(values)
     values = dict(values)
     model_type = values.pop("model_type", None)
     if model_type is None:
