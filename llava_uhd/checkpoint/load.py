@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
+from transformers.utils import logging as library_logging
 
 from llava_uhd.checkpoint.manifest import read_manifest
 from llava_uhd.checkpoint.parts import (
@@ -135,9 +138,10 @@ def build_model(
     if quantization is not None:
         options["quantization_config"] = _quantization_config(quantization, options["dtype"])
         options["device_map"] = {"": str(device or "cpu")}
-    model, report = LlavaUHDForConditionalGeneration.from_pretrained(
-        None, config=config, state_dict=state, output_loading_info=True, **options
-    )
+    with _no_load_report():
+        model, report = LlavaUHDForConditionalGeneration.from_pretrained(
+            None, config=config, state_dict=state, output_loading_info=True, **options
+        )
     unexpected = sorted(report["unexpected_keys"])
     missing = [key for key in report["missing_keys"] if not key.startswith(may_miss or ("\0",))]
     if unexpected or missing:
@@ -145,6 +149,17 @@ def build_model(
     if device is not None and quantization is None:
         model = model.to(device)
     return model
+
+
+@contextmanager
+def _no_load_report() -> Iterator[None]:
+    """Silences the library's list of new parameters: what must be there was checked before."""
+    level = library_logging.get_verbosity()
+    library_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        library_logging.set_verbosity(level)
 
 
 def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype:

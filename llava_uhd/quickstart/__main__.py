@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -136,7 +137,9 @@ def step(run: Run, name: str, title: str, words: list[str]) -> None:
     console.rule(f"[bold]{title}")
     console.print(f"python -m {' '.join(words)}", style="dim", soft_wrap=True)
     started = time.perf_counter()
-    status = subprocess.run([sys.executable, "-m", *words], check=False).returncode
+    status = subprocess.run(
+        [sys.executable, "-m", *words], check=False, env=environment()
+    ).returncode
     if status:
         raise UserError(
             f"'python -m {' '.join(words)}' ended with status {status}: see its message above; "
@@ -149,6 +152,15 @@ def step(run: Run, name: str, title: str, words: list[str]) -> None:
     run.root.mkdir(parents=True, exist_ok=True)
     (run.root / "quickstart-pretrain").mkdir(exist_ok=True)
     (run.pretrained / TIMES_FILE).write_text(json.dumps(times, indent=2) + "\n", encoding="utf-8")
+
+
+def environment() -> dict[str, str]:
+    """Environment of the steps: waiting threads sleep.
+
+    By default they spin, and on a machine that does other work as well the steps then take several
+    times as long.
+    """
+    return {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false", **os.environ}
 
 
 def _times(run: Run) -> dict[str, float]:
