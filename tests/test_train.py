@@ -7,35 +7,33 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from fixtures_tiny import LLAMA, VISION, picture
-from safetensors.torch import load_file
-from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+from fixtures_runs import (
+    CLOCKS,
+    FROM_NOTHING,
+    STAGES,
+    Train,
+    assert_same_run,
+    break_at,
+    run_here,
+    start,
+    steps,
+    weights,
+)
+from fixtures_tiny import picture
 
 from llava_uhd.checkpoint.load import load_pretrained
 from llava_uhd.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from llava_uhd.config.recipe import list_recipes, load_recipe
-from llava_uhd.data.demo_tokenizer import build_demo_tokenizer
 from llava_uhd.data.synthetic import embedded_split
 from llava_uhd.errors import UserError
 from llava_uhd.train import __main__ as command
-from llava_uhd.train.log import CURVE_FILE, LOG_FILE, JsonLog, draw_loss, read_log, smooth
-from llava_uhd.train.output import RECIPE_FILE, last_complete_checkpoint
-
-ROOT = Path(__file__).resolve().parents[1]
-STAGES = ("debug/pretrain", "debug/finetune")
-# What may differ between two equal runs.
-CLOCKS = ("samples_per_second", "tokens_per_second", "train_runtime")
-
-Train = Callable[..., Path]
+from llava_uhd.train.log import CURVE_FILE, LOG_FILE, draw_loss, read_log, smooth
 
 
 @pytest.fixture(scope="module")
@@ -46,52 +44,19 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run_here(workplace: Path, recipe: str, output: str, *words: str) -> Path:
-    """One run inside this process."""
-    patch = pytest.MonkeyPatch()
-    with patch.context() as patched:
-        patched.chdir(workplace)
-        given = [*words, "--trainer.output_dir", output, "--trainer.disable_tqdm", "true"]
-        patched.setattr(sys, "argv", ["train", recipe, *given])
-        command.main()
-    return workplace / output
-
-
 @pytest.fixture
 def train(workplace: Path) -> Train:
     return lambda *words: run_here(workplace, *words)
 
 
-def start(workplace: Path, *words: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
-    """The real command in a process of its own."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, *launcher, "-m", "llava_uhd.train", *words],
-        cwd=workplace,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+@pytest.fixture(autouse=True)
+def tidy_logging() -> Iterator[None]:
+    """The command raises the level of the root logger; later tests want their own."""
+    import logging
 
-
-def steps(folder: Path) -> list[dict[str, Any]]:
-    """The log without the final summary and without clocks."""
-    entries = [entry for entry in read_log(folder) if "loss" in entry]
-    return [{k: v for k, v in entry.items() if k not in CLOCKS} for entry in entries]
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
-
-
-def assert_same_run(first: Path, second: Path) -> None:
-    assert steps(first) == steps(second)
-    before, after = weights(first), weights(second)
-    assert before.keys() == after.keys()
-    for name in before:
-        assert torch.equal(before[name], after[name]), name
+    level = logging.getLogger().level
+    yield
+    logging.getLogger().setLevel(level)
 
 
 # --- the command ----------------------------------------------------------------------------------
@@ -197,9 +162,6 @@ def initial_and_final(
     return weights(still), weights(moved)
 
 
-FROM_NOTHING = ("--model.projector_file", "null")
-
-
 @pytest.mark.parametrize(
     ("recipe", "words", "learning", "resting"),
     [
@@ -300,231 +262,6 @@ def test_debug_never_shares_a_folder_with_the_real_run() -> None:
             assert load_recipe(name, debug=True).output_dir != load_recipe(name).output_dir
 
 
-# --- from folders on disk, as a lab does ----------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def folders(workplace: Path) -> Path:
-    """A language model and a tower as transformers writes them."""
-    tokenizer = build_demo_tokenizer()
-    torch.manual_seed(0)
-    values = {key: value for key, value in LLAMA.items() if key != "model_type"}
-    language = LlamaForCausalLM(LlamaConfig(**values, vocab_size=len(tokenizer)))
-    language.generation_config.temperature, language.generation_config.top_p = 0.9, 0.6
-    language.generation_config.do_sample = True
-    language.save_pretrained(workplace / "language")
-    # Vicuna's contradiction.
-    file = workplace / "language/generation_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "do_sample": False}))
-    tokenizer.save_pretrained(workplace / "language")
-    values = {key: value for key, value in VISION.items() if key != "model_type"}
-    CLIPVisionModel(CLIPVisionConfig(**values)).save_pretrained(workplace / "tower")
-    return workplace
-
-
-LAB = ("--model.language_model", "language", "--model.vision_tower", "tower")
-
-
-def test_projector_then_model(train: Train, folders: Path) -> None:
-    words = ("--trainer.max_steps", "2", "--trainer.warmup_steps", "0")
-    stage1 = train("debug/pretrain", "out/stage1", *LAB, *words)
-    assert not (stage1 / "model.safetensors").exists()
-    assert read_manifest(stage1)["kind"] == "projector"
-    projector = load_file(stage1 / "projector.safetensors")
-    kept = load_file(stage1 / "checkpoint-2/trainable.safetensors")
-    assert set(kept) == {f"projector.{name}" for name in projector}
-
-    with pytest.MonkeyPatch.context() as patched:
-        patched.chdir(folders)
-        model, processor = load_pretrained(stage1)
-    assert all(torch.equal(projector[k], v) for k, v in model.projector.state_dict().items())
-    tower = load_file(folders / "tower/model.safetensors")
-    found = model.vision_tower.state_dict()
-    assert torch.equal(
-        found["layers.0.mlp.fc1.weight"], tower["encoder.layers.0.mlp.fc1.weight"]
-    ) or torch.equal(
-        found["layers.0.mlp.fc1.weight"], tower["vision_model.encoder.layers.0.mlp.fc1.weight"]
-    )
-    assert processor.template_name == "plain"
-
-    still = ("--trainer.learning_rate", "0", "--model.projector_file", "out/stage1")
-    stage2 = train("debug/finetune", "out/stage2", *LAB, *words, *still)
-    state = weights(stage2)
-    assert all(torch.equal(state[f"projector.{name}"], projector[name]) for name in projector)
-    model, processor = load_pretrained(stage2)
-    assert processor.template_name == "v1" and not model.generation_config.do_sample
-    assert not model.config.projector.train_positions
-
-    more = train(
-        "debug/finetune", "out/stage3", *words, "--model.checkpoint", "out/stage2",
-        "--trainer.learning_rate", "0", "--model.image.max_slices", "3",
-    )  # fmt: skip
-    again, processor = load_pretrained(more)
-    assert all(torch.equal(state[name], tensor) for name, tensor in weights(more).items())
-    assert again.config.image.max_slices == processor.image_config.max_slices == 3
-    assert again.config.image.scale_resolution == 64
-
-
-def test_a_projector_for_another_model_is_refused(train: Train, folders: Path) -> None:
-    words = ("--trainer.max_steps", "1")
-    train("debug/pretrain", "out/narrow", *LAB, *words, "--model.projector.num_queries", "9")
-    with pytest.raises(UserError, match=r"num_queries 9 \(the model has 16\)"):
-        train("debug/finetune", "out/wide", *LAB, *words, "--model.projector_file", "out/narrow")
-
-
-# --- going on -------------------------------------------------------------------------------------
-
-LONG = (
-    *FROM_NOTHING, "--trainer.max_steps", "7", "--trainer.save_steps", "2",
-    "--data.six_slice_probability", "0.5", "--trainer.save_total_limit", "2",
-)  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def unbroken(workplace: Path) -> Path:
-    """Seven steps of four samples: almost two epochs."""
-    return run_here(workplace, "debug/finetune", "out/unbroken", *LONG)
-
-
-class Broken(Exception):
-    """Stands for whatever ends a run."""
-
-
-def break_at(step: int, train: Train, *words: str) -> None:
-    """Runs until the given step has been logged."""
-    original = JsonLog.on_log
-
-    def on_log(self: JsonLog, *given: Any, **named: Any) -> None:
-        original(self, *given, **named)
-        if given[1].global_step == step:
-            raise Broken
-
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(JsonLog, "on_log", on_log)
-        with pytest.raises(Broken):
-            train(*words)
-
-
-@pytest.mark.parametrize("step", [1, 2, 3, 4, 5, 7])
-def test_going_on_gives_the_unbroken_run(train: Train, unbroken: Path, step: int) -> None:
-    output = f"out/broken_{step}"
-    break_at(step, train, "debug/finetune", output, *LONG)
-    assert_same_run(unbroken, train("debug/finetune", output, *LONG))
-
-
-def test_broken_again_and_again(train: Train, unbroken: Path) -> None:
-    for step in (3, 5, 5, 6):
-        break_at(step, train, "debug/finetune", "out/again", *LONG)
-    assert_same_run(unbroken, train("debug/finetune", "out/again", *LONG))
-
-
-VARIANTS = {
-    "pretrain": ["--trainer.max_steps", "5"],
-    "everything": ["--trainer.max_steps", "5", "--stage.learn.vision_tower", "true",
-                   "--stage.learn.language_model", "true"],
-    # Sixteen samples do not divide by six, and epochs count instead of steps.
-    "uneven": ["--trainer.global_batch_size", "6", "--trainer.num_train_epochs", "2"],
-    # An entry of the log averages over steps on both sides of a checkpoint.
-    "sparse log": ["--trainer.max_steps", "9", "--trainer.logging_steps", "3"],
-    "workers": ["--trainer.max_steps", "7", "--trainer.dataloader_num_workers", "1"],
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_going_on_in_other_runs(train: Train, variant: str) -> None:
-    words = ["debug/pretrain", f"out/{variant.replace(' ', '_')}", *VARIANTS[variant]]
-    break_at(6 if variant == "sparse log" else 3, train, *words)
-    broken = train(*words)
-    words[1] += "_unbroken"
-    assert_same_run(train(*words), broken)
-
-
-@pytest.mark.slow
-def test_killed_in_the_middle(workplace: Path, train: Train, unbroken: Path) -> None:
-    output = workplace / "out/killed"
-    process = start(workplace, "debug/finetune", *LONG, "--trainer.output_dir", "out/killed")
-    try:
-        deadline = time.monotonic() + 240
-        while len(steps(output)) < 5:
-            assert process.poll() is None, process.communicate()[1]
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-    assert not (output / MANIFEST_FILE).exists()
-    # What a kill in the middle of writing leaves behind.
-    half = output / "checkpoint-9"
-    half.mkdir()
-    shutil.copy(output / "checkpoint-4/trainable.safetensors", half)
-    with (output / LOG_FILE).open("a") as stream:
-        stream.write('{"step": 6, "lo')
-    assert_same_run(unbroken, train("debug/finetune", "out/killed", *LONG))
-    assert not half.exists()
-
-
-@pytest.mark.parametrize("left", ["nothing", "weights", "half state"])
-def test_half_written_checkpoints_are_removed(
-    train: Train, unbroken: Path, left: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    name = left.replace(" ", "_")
-    output = f"out/half_{name}"
-    break_at(5, train, "debug/finetune", output, *LONG)
-    newest = unbroken.parents[0] / f"half_{name}" / "checkpoint-4"
-    state = (newest / "trainer_state.json").read_text()
-    for file in newest.iterdir():
-        if left == "nothing" or file.name != "trainable.safetensors":
-            file.unlink()
-    if left == "half state":
-        (newest / "trainer_state.json").write_text(state[: len(state) // 2])
-    assert last_complete_checkpoint(newest.parent) == newest.parent / "checkpoint-2"
-    assert not newest.exists()
-    capsys.readouterr()
-    assert_same_run(unbroken, train("debug/finetune", output, *LONG))
-    assert f"Going on from {output}/checkpoint-2" in capsys.readouterr().out.replace("\n", "")
-
-
-@pytest.mark.parametrize("lost", ["manifest", "result", "nothing after the last step"])
-def test_killed_while_the_result_is_written(train: Train, unbroken: Path, lost: str) -> None:
-    """All steps are done: none may be added."""
-    output = f"out/late_{lost.split()[0]}"
-    words = [*LONG, "--trainer.save_steps", "7"]
-    if lost.startswith("nothing"):
-        break_at(7, train, "debug/finetune", output, *LONG)
-    folder = train("debug/finetune", output, *words) if "nothing" not in lost else None
-    if folder is not None:
-        (folder / MANIFEST_FILE).unlink()
-        if lost == "result":
-            (folder / "model.safetensors").unlink()
-            (folder / CURVE_FILE).unlink()
-    assert_same_run(unbroken, train("debug/finetune", output, *words))
-
-
-def test_other_settings_are_refused(train: Train) -> None:
-    words = ("debug/pretrain", "out/settings", "--trainer.max_steps", "3")
-    break_at(2, train, *words, "--trainer.save_steps", "1")
-    with pytest.raises(UserError, match=r"trainer\.learning_rate was 0\.001, is 0\.01.*output_dir"):
-        train(*words, "--trainer.learning_rate", "0.01")
-    with pytest.raises(UserError, match=r"model\.image\.max_slices was 7, is 3"):
-        train(*words, "--model.image.max_slices", "3")
-    folder = train(*words, "--trainer.save_steps", "2")
-    assert [entry["step"] for entry in steps(folder)] == [1, 2, 3]
-    with pytest.raises(UserError, match=r"trainer\.max_steps was 3, is 4"):
-        train(*words[:2], "--trainer.max_steps", "4")
-    assert load_recipe(str(folder / RECIPE_FILE)).trainer.arguments["max_steps"] == 3
-
-
-def test_a_half_written_recipe_is_no_obstacle(train: Train) -> None:
-    words = ("debug/pretrain", "out/half_recipe", "--trainer.max_steps", "1")
-    folder = train(*words)
-    recipe = (folder / RECIPE_FILE).read_bytes()
-    shutil.rmtree(folder)
-    folder.mkdir()
-    (folder / RECIPE_FILE).write_bytes(recipe[: len(recipe) // 2])
-    train(*words)
-    assert (folder / RECIPE_FILE).read_bytes() == recipe
-
-
 # --- data -----------------------------------------------------------------------------------------
 
 
@@ -605,13 +342,3 @@ def test_log_and_curve(tmp_path: Path) -> None:
     assert (tmp_path / "x.png").stat().st_size > 1000
     assert smooth([3.0, 3.0, 3.0]) == pytest.approx([3.0, 3.0, 3.0])
     assert smooth([1.0, 0.0])[1] == pytest.approx(0.9 / 1.9)
-
-
-@pytest.fixture(autouse=True)
-def tidy_logging() -> Iterator[None]:
-    """The command raises the level of the root logger; later tests want their own."""
-    import logging
-
-    level = logging.getLogger().level
-    yield
-    logging.getLogger().setLevel(level)

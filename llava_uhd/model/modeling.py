@@ -173,7 +173,6 @@ class LlavaUHDForConditionalGeneration(PreTrainedModel, GenerationMixin):
             view_grids: (V, 2) integer (rows, columns) of the views.
             image_features: (N, D) instead of ``pixel_values``.
             labels: (B, T), -100 where nothing is learned; not shifted.
-            use_cache: return the cache.
             logits_to_keep: last positions with logits, 0: all. None: all, or none with labels.
             num_items_in_batch: learned tokens of the whole optimizer step.
             **kwargs: passed to the decoder.
@@ -181,10 +180,9 @@ class LlavaUHDForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Returns:
             ``loss`` (with labels), ``logits`` (B, kept, vocabulary) or None, cache and the like.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("pass either input_ids or inputs_embeds")
-        if inputs_embeds is not None and not (pixel_values is None and image_features is None):
-            raise ValueError("inputs_embeds hold their images already (see embed): pass no others")
+        pictured = pixel_values is not None or image_features is not None
+        if (input_ids is None) == (inputs_embeds is None) or (input_ids is None and pictured):
+            raise ValueError("pass either input_ids (with their images) or inputs_embeds (alone)")
         if input_ids is not None:
             inputs_embeds = self.embed(input_ids, pixel_values, view_grids, image_features)
         outputs = decode(

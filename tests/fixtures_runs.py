@@ -1,0 +1,90 @@
+"""Training runs for tests: in this process or in one of their own, whole or broken off."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from llava_uhd.train import __main__ as command
+from llava_uhd.train.log import JsonLog, read_log
+
+ROOT = Path(__file__).resolve().parents[1]
+STAGES = ("debug/pretrain", "debug/finetune")
+# What may differ between two equal runs.
+CLOCKS = ("samples_per_second", "tokens_per_second", "train_runtime")
+
+Train = Callable[..., Path]
+
+
+def run_here(workplace: Path, recipe: str, output: str, *words: str) -> Path:
+    """One run inside this process."""
+    patch = pytest.MonkeyPatch()
+    with patch.context() as patched:
+        patched.chdir(workplace)
+        given = [*words, "--trainer.output_dir", output, "--trainer.disable_tqdm", "true"]
+        patched.setattr(sys, "argv", ["train", recipe, *given])
+        command.main()
+    return workplace / output
+
+
+def start(workplace: Path, *words: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+    """The real command in a process of its own."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, *launcher, "-m", "llava_uhd.train", *words],
+        cwd=workplace,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def steps(folder: Path) -> list[dict[str, Any]]:
+    """The log without the final summary and without clocks."""
+    entries = [entry for entry in read_log(folder) if "loss" in entry]
+    return [{k: v for k, v in entry.items() if k not in CLOCKS} for entry in entries]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same_run(first: Path, second: Path) -> None:
+    assert steps(first) == steps(second)
+    before, after = weights(first), weights(second)
+    assert before.keys() == after.keys()
+    for name in before:
+        assert torch.equal(before[name], after[name]), name
+
+
+# The debug model starts without a first stage.
+FROM_NOTHING = ("--model.projector_file", "null")
+
+
+class Broken(Exception):
+    """Stands for whatever ends a run."""
+
+
+def break_at(step: int, train: Train, *words: str) -> None:
+    """Runs until the given step has been logged."""
+    original = JsonLog.on_log
+
+    def on_log(self: JsonLog, *given: Any, **named: Any) -> None:
+        original(self, *given, **named)
+        if given[1].global_step == step:
+            raise Broken
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(JsonLog, "on_log", on_log)
+        with pytest.raises(Broken):
+            train(*words)
