@@ -90,6 +90,8 @@ def assemble(
     Raises:
         UserError: a missing folder, or parts that do not fit each other.
     """
+    if compression.method != "none":
+        raise UserError(f"unknown compression.method '{compression.method}' (known: none)")
     if section.checkpoint is not None:
         made = _from_checkpoint(section, dtype)
     else:
@@ -109,6 +111,7 @@ def _from_checkpoint(section: ModelSection, dtype: torch.dtype) -> Assembled:
         attn_implementation=section.attn_implementation,
     )
     config = model.config
+    _check_shapes(section, config)
     config.image = _overlay(processor.image_config, section.image)
     config.projector = _overlay(config.projector, section.projector)
     config.template = section.template
@@ -118,6 +121,27 @@ def _from_checkpoint(section: ModelSection, dtype: torch.dtype) -> Assembled:
         state = {key.removeprefix("projector."): tensor.to(dtype) for key, tensor in found.items()}
         model.projector.load_state_dict(state)
     return Assembled(model, processor, ())
+
+
+def _check_shapes(section: ModelSection, config: LlavaUHDConfig) -> None:
+    """Raises UserError where a recipe asks for what would change the weights of its checkpoint."""
+    projector = _overlay(config.projector, section.projector)
+    wanted: dict[str, Any] = {
+        f"projector.{key}": value
+        for key, value in dataclasses.asdict(projector).items()
+        if key != "train_positions"
+    }
+    wanted["image.patch_size"] = _overlay(config.image, section.image).patch_size
+    if section.select_layer != ModelSection.select_layer:
+        wanted["select_layer"] = section.select_layer
+    for key, value in wanted.items():
+        part, _, name = key.rpartition(".")
+        own = getattr(getattr(config, part) if part else config, name)
+        if value != own:
+            raise UserError(
+                f"model.{key} is {value}, but checkpoint {section.checkpoint} was made with {own}: "
+                "leave it out"
+            )
 
 
 def _overlay(own: Options, given: Options) -> Options:

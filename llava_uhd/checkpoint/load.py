@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
-from transformers.utils import logging as library_logging
+from transformers import BitsAndBytesConfig, GenerationConfig, PreTrainedTokenizerBase
 
 from llava_uhd.checkpoint.manifest import read_manifest
 from llava_uhd.checkpoint.parts import (
     find_projector,
+    quiet_library,
     read_language_config,
     read_language_model,
     read_projector,
@@ -43,6 +41,7 @@ from llava_uhd.checkpoint.weights import (
 )
 from llava_uhd.config.model import LlavaUHDConfig
 from llava_uhd.errors import UserError
+from llava_uhd.model.devices import choose_device
 from llava_uhd.model.generation import tidy_generation_config
 from llava_uhd.model.modeling import LlavaUHDForConditionalGeneration
 from llava_uhd.text.processor import LlavaUHDProcessor
@@ -98,7 +97,7 @@ def load_pretrained(
         quantization=quantization,
         attn_implementation=attn_implementation,
     )
-    _set_generation(model, processor.tokenizer)
+    _set_generation(model, processor.tokenizer, folder / "generation_config.json")
     return model.eval(), processor
 
 
@@ -128,6 +127,8 @@ def build_model(
     Raises:
         UserError: the tensors do not fit the configuration.
     """
+    if device is not None:
+        device = choose_device(str(device))
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         skeleton = LlavaUHDForConditionalGeneration(config)
@@ -138,10 +139,17 @@ def build_model(
     if quantization is not None:
         options["quantization_config"] = _quantization_config(quantization, options["dtype"])
         options["device_map"] = {"": str(device or "cpu")}
-    with _no_load_report():
-        model, report = LlavaUHDForConditionalGeneration.from_pretrained(
-            None, config=config, state_dict=state, output_loading_info=True, **options
-        )
+    try:
+        # Its list of new parameters says nothing that was not checked before.
+        with quiet_library():
+            model, report = LlavaUHDForConditionalGeneration.from_pretrained(
+                None, config=config, state_dict=state, output_loading_info=True, **options
+            )
+    except (ValueError, ImportError) as error:
+        if attn_implementation is None:
+            raise
+        reason = first_line(error)
+        raise UserError(f"attn_implementation '{attn_implementation}': {reason:.200}") from error
     unexpected = sorted(report["unexpected_keys"])
     missing = [key for key in report["missing_keys"] if not key.startswith(may_miss or ("\0",))]
     if unexpected or missing:
@@ -149,17 +157,6 @@ def build_model(
     if device is not None and quantization is None:
         model = model.to(device)
     return model
-
-
-@contextmanager
-def _no_load_report() -> Iterator[None]:
-    """Silences the library's list of new parameters: what must be there was checked before."""
-    level = library_logging.get_verbosity()
-    library_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        library_logging.set_verbosity(level)
 
 
 def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype:
@@ -211,10 +208,10 @@ def _open_ours(
         recorded = read_manifest(folder)
         language_model = base or recorded.get("language_model")
         tower = vision_tower or recorded.get("vision_tower")
-        if not language_model or not tower:
+        if not isinstance(language_model, str | Path) or not isinstance(tower, str | Path):
             raise UserError(
-                f"{folder} holds a projector only and does not say which language model and tower "
-                "it belongs to: pass base and vision_tower"
+                f"{folder} has no model weights; if it holds a projector only, it does not say "
+                "which language model and tower that belongs to: pass base and vision_tower"
             )
         state = _from_base(config, language_model, tower) | read_projector(folder, config)
     if vision_tower is not None:
@@ -302,12 +299,17 @@ def _replace_tower(config: LlavaUHDConfig, state: Tensors, tower: str | Path) ->
 
 
 def _set_generation(
-    model: LlavaUHDForConditionalGeneration, tokenizer: PreTrainedTokenizerBase
+    model: LlavaUHDForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, file: Path
 ) -> None:
-    """Stop and padding ids from the tokenizer; sampling fields that contradict greedy dropped."""
+    """The checkpoint's own settings, if it has a ``generation_config.json``.
+
+    Missing ids come from the tokenizer; sampling fields that contradict greedy are dropped.
+    """
     settings = model.generation_config
     if settings is None:
         return
+    if file.is_file():
+        settings = model.generation_config = GenerationConfig.from_dict(read_json(file))
     settings.bos_token_id = tokenizer.bos_token_id
     settings.pad_token_id = tokenizer.pad_token_id
     if settings.eos_token_id is None:

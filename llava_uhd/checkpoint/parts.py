@@ -6,6 +6,8 @@ import dataclasses
 import json
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.utils import logging as library_logging
 
 from llava_uhd.checkpoint.weights import (
     Tensors,
@@ -22,13 +25,24 @@ from llava_uhd.checkpoint.weights import (
     read_tensors,
     weight_files,
 )
-from llava_uhd.config.model import LlavaUHDConfig, ProjectorConfig
+from llava_uhd.config.model import LlavaUHDConfig, ProjectorConfig, make_config
 from llava_uhd.errors import UserError
 from llava_uhd.vision.towers import TOWERS, num_built_layers
 
 PROJECTOR_FILE = "projector.safetensors"
 PUBLISHED_PROJECTOR_FILE = "mm_projector.bin"
 _LAYER = re.compile(r"encoder\.layers\.(\d+)\.")
+
+
+@contextmanager
+def quiet_library() -> Iterator[None]:
+    """Silences what transformers tells while it loads, except errors."""
+    level = library_logging.get_verbosity()
+    library_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        library_logging.set_verbosity(level)
 
 
 def tower_key(key: str, depth: int) -> str | None:
@@ -64,7 +78,7 @@ def read_tower_config(folder: Path) -> PreTrainedConfig:
         )
     for key in ("torch_dtype", "dtype", "architectures"):
         values.pop(key, None)
-    return AutoConfig.for_model(model_type, **values)
+    return make_config({**values, "model_type": model_type}, f"vision tower {folder}")
 
 
 def read_tower(folder: Path, config: PreTrainedConfig, select_layer: int) -> Tensors:
@@ -110,7 +124,7 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), quiet_library():
             # It reads the model's config.json too, and comments on keys of older releases there.
             warnings.simplefilter("ignore", FutureWarning)
             tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -16,7 +16,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 
 from llava_uhd.checkpoint.parts import tower_key
-from llava_uhd.config.model import ImageConfig, LlavaUHDConfig, ProjectorConfig
+from llava_uhd.config.model import ImageConfig, LlavaUHDConfig, ProjectorConfig, make_config
 from llava_uhd.errors import UserError
 from llava_uhd.vision.towers import num_built_layers
 
@@ -69,7 +69,7 @@ def text_config(config: dict[str, Any], model_type: str) -> PreTrainedConfig:
     if config.get("rope_scaling") is None:
         skipped.add("rope_scaling")  # the library warns of the old name even where it says nothing
     values = {key: value for key, value in config.items() if key in known - skipped}
-    return AutoConfig.for_model(model_type, **values)
+    return make_config({**values, "model_type": model_type}, "the language model's configuration")
 
 
 def _uhd_v1_config(config: dict[str, Any], vision: PreTrainedConfig) -> LlavaUHDConfig:
@@ -78,6 +78,8 @@ def _uhd_v1_config(config: dict[str, Any], vision: PreTrainedConfig) -> LlavaUHD
             f"mm_vision_select_feature '{config['mm_vision_select_feature']}' is not supported, "
             "only 'patch'"
         )
+    if config.get("mm_use_im_start_end"):
+        raise UserError("mm_use_im_start_end is set: start and end tokens are not supported")
     return LlavaUHDConfig(
         vision_config=vision,
         text_config=text_config(config, "llama"),

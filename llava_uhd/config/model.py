@@ -7,8 +7,10 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
+from llava_uhd.config.typed import convert, field_types
 from llava_uhd.errors import UserError
 from llava_uhd.registry import nearest_hint
 
@@ -53,6 +55,17 @@ class ImageConfig:
     def __post_init__(self) -> None:
         self.mean = tuple(self.mean)
         self.std = tuple(self.std)
+        for name in ("max_slices", "patch_size", "long_side", "detail_side"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"image.{name} must be at least 1, got {value}")
+        if self.scale_resolution < self.patch_size:
+            raise UserError(
+                f"image.scale_resolution {self.scale_resolution} must be at least "
+                f"image.patch_size {self.patch_size}"
+            )
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise UserError("image.mean and image.std must hold 3 numbers each, std above 0")
 
 
 @dataclass
@@ -76,6 +89,10 @@ class ProjectorConfig:
     layer_norm_eps: float = 1e-6
     train_positions: bool = True
     round_boxes: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_heads is not None and self.num_heads < 1:
+            raise UserError(f"projector.num_heads must be at least 1 or null, got {self.num_heads}")
 
 
 @dataclass
@@ -119,11 +136,18 @@ def make_part(kind: type[Part], values: Part | dict[str, Any] | None, where: str
         if key not in known:
             hint = nearest_hint(key, known)
             raise UserError(f"unknown key '{where}.{key}'{hint} (known: {', '.join(known)})")
-    return kind(**values)
+    types = field_types(kind)
+    return kind(
+        **{key: convert(each, types[key], f"{where}.{key}") for key, each in values.items()}
+    )
 
 
 def make_config(values: PreTrainedConfig | dict[str, Any], where: str) -> PreTrainedConfig:
-    """Builds a transformers configuration from a dict that carries its ``model_type``."""
+    """Builds a transformers configuration from a dict that carries its ``model_type``.
+
+    Raises:
+        UserError: no or an unknown ``model_type``, or values that it does not take.
+    """
     if isinstance(values, PreTrainedConfig):
         # A copy: the parent resets the attention backend of its parts, and a language model that
         # shared the object would go on without its causal mask.
@@ -132,7 +156,11 @@ def make_config(values: PreTrainedConfig | dict[str, Any], where: str) -> PreTra
     model_type = values.pop("model_type", None)
     if model_type is None:
         raise UserError(f"{where} has no 'model_type': it must name a transformers configuration")
-    return AutoConfig.for_model(model_type, **values)
+    try:
+        return AutoConfig.for_model(model_type, **values)
+    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{where} ({model_type}) is not usable: {reason:.200}") from error
 
 
 class LlavaUHDConfig(PreTrainedConfig):
@@ -175,7 +203,7 @@ class LlavaUHDConfig(PreTrainedConfig):
         self.projector = make_part(ProjectorConfig, projector, "projector")
         self.compression = make_part(CompressionConfig, compression, "compression")
         self.template = template
-        self.select_layer = select_layer
+        self.select_layer = convert(select_layer, int, "select_layer")
         kwargs.setdefault("tie_word_embeddings", self.text_config.tie_word_embeddings)
         super().__init__(**kwargs)
 

@@ -179,6 +179,11 @@ class TrainerConfig:
     )
 
     def __post_init__(self) -> None:
+        if self.output_dir is not None and not self.output_dir.strip():
+            raise UserError("trainer.output_dir is empty: name a folder, or leave it out")
+        rate = self.arguments.get("learning_rate")
+        if rate is not None and rate < 0:
+            raise UserError(f"trainer.learning_rate must not be negative, got {rate}")
         counts = {
             "global_batch_size": self.global_batch_size,
             "per_device_train_batch_size": self.arguments.get("per_device_train_batch_size"),

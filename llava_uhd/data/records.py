@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple, overload
 
 from llava_uhd.data.files import DATA_SOURCES, ImageRoot, ImageStatus
 from llava_uhd.errors import UserError
+from llava_uhd.text.encoding import check_unicode
 from llava_uhd.text.templates import IMAGE_MARKER, Turn
 
 logger = logging.getLogger(__name__)
@@ -334,6 +335,8 @@ def _parse_images(row: dict[str, Any]) -> tuple[str, ...]:
     images = [value] if isinstance(value, str) else value
     if not isinstance(images, list) or not all(isinstance(each, str) and each for each in images):
         raise UserError(f"'{given[0]}' must be a path or a list of paths, got {value!r:.80}")
+    for image in images:
+        check_unicode(image)
     return tuple(images)
 
 
@@ -346,6 +349,7 @@ def _parse_turns(value: Any) -> tuple[list[Turn], int]:
             raise UserError(f"turn {position} must have 'from' and 'value' texts")
         if item.get("from") not in ROLES:
             raise UserError(f"turn {position} is from {item.get('from')!r}: expected human or gpt")
+        check_unicode(item["value"])
         turns.append(Turn(item["from"], item["value"]))
     words = sum(len(turn.text.split()) for turn in turns)
     if turns[0].role == "gpt":

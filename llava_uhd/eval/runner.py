@@ -86,7 +86,11 @@ def prepare(jobs: Sequence[Job], ranks: Ranks, overwrite: bool) -> None:
         for job in jobs:
             if overwrite:
                 _clear(job.folder)
-            job.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                job.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                reason = error.strerror or error
+                raise UserError(f"output folder {job.folder} cannot be made ({reason})") from error
             for stale in job.folder.glob("failures*.jsonl"):
                 stale.unlink()
             settings = dict(job.settings)

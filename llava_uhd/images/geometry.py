@@ -13,6 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import ceil, floor, log, sqrt
 
+from llava_uhd.errors import UserError
+
 Size = tuple[int, int]
 
 # (columns, rows) of pooling bins in a window, in the published order of preference.
@@ -77,9 +79,9 @@ class SlicePlan:
 
 
 def check_size(width: int, height: int) -> None:
-    """Raises ValueError unless both sides are positive."""
+    """Raises UserError unless both sides are positive."""
     if width < 1 or height < 1:
-        raise ValueError(f"image size must be positive, got {width} x {height}")
+        raise UserError(f"image size must be positive, got {width} x {height}")
 
 
 def floor_to_patches(length: float, patch_size: int) -> int:
@@ -214,7 +216,7 @@ def fit_long_side(width: int, height: int, long_side: int) -> Size:
     double-precision product may truncate one pixel low: 823x823 gives 1023x1024.
 
     Raises:
-        ValueError: the short side would vanish.
+        UserError: the short side would vanish.
     """
     check_size(width, height)
     if width > height:
@@ -222,7 +224,7 @@ def fit_long_side(width: int, height: int, long_side: int) -> Size:
     else:
         size = (int((long_side / height) * width), long_side)
     if min(size) < 1:
-        raise ValueError(
+        raise UserError(
             f"height and width must be > 0: {width} x {height} with a long side of {long_side} "
             f"gives {size[0]} x {size[1]}"
         )

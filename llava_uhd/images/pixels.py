@@ -47,14 +47,22 @@ def open_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image.Image
         return to_rgb(source)
     if isinstance(source, bytes):
         return _decode(io.BytesIO(source), f"image data of {len(source)} bytes", max_pixels)
+    if not isinstance(source, str | PathLike):
+        raise UserError(
+            f"an image must be a path, encoded bytes or a PIL image, got {type(source).__name__}"
+        )
     path = Path(source)
-    if not path.is_file():
-        what = "is a folder, not an image file" if path.is_dir() else "does not exist"
-        raise UserError(f"image {path} {what}")
-    if path.stat().st_size == 0:
-        raise UserError(f"image {path} is empty (0 bytes): copy or download it again")
-    with path.open("rb") as stream:
-        return _decode(stream, f"image {path}", max_pixels)
+    try:
+        if not path.is_file():
+            what = "is a folder, not an image file" if path.is_dir() else "does not exist"
+            raise UserError(f"image {path} {what}")
+        if path.stat().st_size == 0:
+            raise UserError(f"image {path} is empty (0 bytes): copy or download it again")
+        with path.open("rb") as stream:
+            return _decode(stream, f"image {path}", max_pixels)
+    except OSError as error:
+        name = f"{str(path)[:200]!r}"
+        raise UserError(f"image {name} cannot be opened ({error.strerror or error})") from error
 
 
 def _decode(stream: IO[bytes], what: str, max_pixels: int) -> Image.Image:
@@ -79,8 +87,7 @@ def _decode(stream: IO[bytes], what: str, max_pixels: int) -> Image.Image:
         raise UserError(
             f"{what} is not a picture of a known format ({', '.join(FORMATS)})"
         ) from error
-    except (OSError, SyntaxError, ValueError, IndexError, TypeError, MemoryError) as error:
-        # Pillow's decoders raise all of these on damaged data.
+    except Exception as error:  # Pillow's decoders raise anything on damaged data
         raise UserError(
             f"{what} cannot be decoded ({error}): it is damaged or truncated"
         ) from error

@@ -55,7 +55,6 @@ class Run:
         root: folder of the checkpoints.
         short: few steps and questions.
         seed: of both training stages; None keeps the recipes'.
-        device_words: extra words of every training command.
     """
 
     root: Path

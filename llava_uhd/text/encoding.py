@@ -71,6 +71,17 @@ class Encoding:
         return total - length, lost
 
 
+def check_unicode(text: str) -> None:
+    """Raises UserError if a text holds half a character, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        around = text[max(error.start - 20, 0) : error.end + 20]
+        raise UserError(
+            f"the text is not valid Unicode near {around!r}: write it as UTF-8"
+        ) from error
+
+
 def start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """What the tokenizer puts before a text: the begin token, or nothing."""
     ids = tokenizer("")["input_ids"]
@@ -93,9 +104,11 @@ def encode_spans(
         images: ids of each image, in order.
 
     Raises:
-        UserError: the number of markers differs from the number of images.
+        UserError: the number of markers differs from the number of images, or the text is not
+            Unicode.
     """
     text = "".join(span.text for span in spans)
+    check_unicode(text)
     markers = text.count(IMAGE_MARKER)
     if markers != len(images):
         raise UserError(f"the text has {markers} {IMAGE_MARKER} but {len(images)} images are given")

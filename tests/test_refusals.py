@@ -1,0 +1,158 @@
+"""Mistakes that are refused in one line before anything is computed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from llava_uhd.checkpoint.assemble import assemble
+from llava_uhd.checkpoint.load import load_pretrained
+from llava_uhd.config.model import (
+    CompressionConfig,
+    ImageConfig,
+    LlavaUHDConfig,
+    ProjectorConfig,
+    make_config,
+)
+from llava_uhd.config.training import ModelSection, TrainerConfig
+from llava_uhd.data.records import parse_row
+from llava_uhd.errors import UserError
+from llava_uhd.images.pixels import open_image
+from llava_uhd.images.strategies import plan_image
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"max_slices": 0}, r"image\.max_slices must be at least 1, got 0"),
+        ({"long_side": 0}, r"image\.long_side must be at least 1"),
+        ({"scale_resolution": 8}, r"image\.scale_resolution 8 must be at least image\.patch_size"),
+        ({"mean": [0.5]}, "3 numbers each"),
+        ({"std": [0, 1, 1]}, "std above 0"),
+    ],
+)
+def test_image_settings(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        ImageConfig(**values)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"image": {"max_slices": "3"}}, r"image\.max_slices must be a whole number, got '3'"),
+        ({"projector": {"type": ["a"]}}, r"projector\.type must be a text"),
+        ({"select_layer": "last"}, "select_layer must be a whole number"),
+    ],
+)
+def test_types_of_a_configuration(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        LlavaUHDConfig(**values)
+
+
+def test_parts_of_the_library() -> None:
+    with pytest.raises(UserError, match="text_config .no_such. is not usable"):
+        make_config({"model_type": "no_such"}, "text_config")
+    with pytest.raises(UserError, match="text_config .llama. is not usable.*hidden_size"):
+        make_config({"model_type": "llama", "hidden_size": "wide"}, "text_config")
+    with pytest.raises(UserError, match=r"projector\.num_heads"):
+        ProjectorConfig(num_heads=-1)
+
+
+def test_trainer_settings() -> None:
+    with pytest.raises(UserError, match=r"trainer\.output_dir is empty"):
+        TrainerConfig(output_dir="")
+    with pytest.raises(UserError, match=r"trainer\.learning_rate must not be negative"):
+        TrainerConfig(arguments={"learning_rate": -1.0})
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"projector": ProjectorConfig(num_queries=81)}, r"model\.projector\.num_queries is 81"),
+        ({"select_layer": -1}, r"model\.select_layer is -1, but checkpoint"),
+    ],
+)
+def test_a_checkpoint_keeps_its_shapes(
+    section: dict[str, Any], message: str, tiny_checkpoint: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        assemble(
+            ModelSection(checkpoint=str(tiny_checkpoint), **section),
+            CompressionConfig(),
+            torch.float32,
+        )
+
+
+def test_unknown_compression() -> None:
+    with pytest.raises(UserError, match=r"compression\.method 'pool'"):
+        assemble(ModelSection(checkpoint="x"), CompressionConfig("pool"), torch.float32)
+
+
+def test_loading_options(tiny_checkpoint: Path) -> None:
+    with pytest.raises(UserError, match="attn_implementation 'nope'"):
+        load_pretrained(tiny_checkpoint, attn_implementation="nope")
+    with pytest.raises(UserError, match="device 'cuda:9'"):
+        load_pretrained(tiny_checkpoint, device="cuda:9")
+
+
+def test_generation_settings_of_a_checkpoint_are_read(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(tiny_checkpoint, folder)
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps({"num_beams": 3, "eos_token_id": [2, 5], "temperature": 0.9}))
+    model, _ = load_pretrained(folder)
+    assert model.generation_config.num_beams == 3
+    assert model.generation_config.eos_token_id == [2, 5]
+    assert model.generation_config.temperature is None  # greedy
+    file.write_text("{")
+    with pytest.raises(UserError, match=r"generation_config\.json is not valid JSON"):
+        load_pretrained(folder)
+
+
+def test_any_failure_of_the_network_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Unreachable(Exception):
+        """Of no kind that this package knows, like those of the hub's network library."""
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise Unreachable("no route\nand more")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", fail)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(UserError, match=r"neither a local folder nor reachable.*no route\)"):
+        load_pretrained("someone/model")
+
+
+@pytest.mark.parametrize("place", ["image", "value"])
+def test_half_characters(place: str) -> None:
+    texts = {"image": "a.png", "value": "What?", place: "broken \ud83d"}
+    row = {
+        "image": texts["image"],
+        "conversations": [
+            {"from": "human", "value": "<image>\n" + texts["value"]},
+            {"from": "gpt", "value": "a"},
+        ],
+    }
+    with pytest.raises(UserError, match="not valid Unicode"):
+        parse_row(row)
+
+
+def test_images_of_other_kinds() -> None:
+    for source in (np.zeros((4, 4, 3), np.uint8), None):
+        with pytest.raises(UserError, match="must be a path, encoded bytes or a PIL image"):
+            open_image(source)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="cannot be opened"):
+        open_image("a" * 5000)
+    with pytest.raises(UserError, match="image size must be positive"):
+        plan_image(ImageConfig(), *Image.new("RGB", (0, 5)).size)
+    with pytest.raises(UserError, match="height and width must be > 0"):
+        plan_image(ImageConfig(long_side=1024), 3000, 1)
