@@ -298,3 +298,12 @@ def test_refuses_impossible_shapes() -> None:
         build_projector(make_config(8, 18))
     with pytest.raises(UserError, match="spatial_resampler"):
         build_projector(make_config(8, 16, type="spatial_resample"))
+
+
+def test_training_after_inference() -> None:
+    maps = torch.rand(1, 13, 17, 8)  # a shape that no other test fills the caches with
+    with torch.inference_mode():
+        pool_windows(maps, 5)
+    maps.requires_grad_()
+    pool_windows(maps, 5).sum().backward()
+    assert maps.grad is not None

@@ -112,8 +112,8 @@ def _from_checkpoint(section: ModelSection, dtype: torch.dtype) -> Assembled:
     )
     config = model.config
     _check_shapes(section, config)
-    config.image = _overlay(processor.image_config, section.image)
-    config.projector = _overlay(config.projector, section.projector)
+    config.image = overlay(processor.image_config, section.image)
+    config.projector = overlay(config.projector, section.projector)
     config.template = section.template
     processor = LlavaUHDProcessor.from_parts(processor.tokenizer, config)
     if section.projector_file is not None:
@@ -125,13 +125,13 @@ def _from_checkpoint(section: ModelSection, dtype: torch.dtype) -> Assembled:
 
 def _check_shapes(section: ModelSection, config: LlavaUHDConfig) -> None:
     """Raises UserError where a recipe asks for what would change the weights of its checkpoint."""
-    projector = _overlay(config.projector, section.projector)
+    projector = overlay(config.projector, section.projector)
     wanted: dict[str, Any] = {
         f"projector.{key}": value
         for key, value in dataclasses.asdict(projector).items()
         if key != "train_positions"
     }
-    wanted["image.patch_size"] = _overlay(config.image, section.image).patch_size
+    wanted["image.patch_size"] = overlay(config.image, section.image).patch_size
     if section.select_layer != ModelSection.select_layer:
         wanted["select_layer"] = section.select_layer
     for key, value in wanted.items():
@@ -144,7 +144,7 @@ def _check_shapes(section: ModelSection, config: LlavaUHDConfig) -> None:
             )
 
 
-def _overlay(own: Options, given: Options) -> Options:
+def overlay(own: Options, given: Options) -> Options:
     """The checkpoint's options with those of the recipe that are not at their default."""
     default = type(given)()
     changes: dict[str, Any] = {

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from llava_uhd.checkpoint.assemble import overlay
 from llava_uhd.checkpoint.parts import read_language_config, read_tower_config
 from llava_uhd.checkpoint.published import (
     CLIP_L_336,
@@ -95,6 +96,7 @@ def describe_recipe(recipe: Recipe) -> LlavaUHDConfig:
     section = recipe.model
     if section.checkpoint is not None:
         config = describe_checkpoint(section.checkpoint)
+        config.image = overlay(config.image, section.image)
         config.compression = recipe.compression
         return config
     language, tower = section.language_model, section.vision_tower

@@ -82,10 +82,12 @@ def pooling_matrices(
     aspect = columns / rows
     height = sqrt(rows * columns / grid_size**2 / aspect)
     width = height * aspect
-    return (
-        torch.from_numpy(axis_matrix(rows, height, grid_size, bin_rows, round_to)),
-        torch.from_numpy(axis_matrix(columns, width, grid_size, bin_columns, round_to)),
-    )
+    # A cached tensor must not be an inference tensor, or training after evaluation would fail.
+    with torch.inference_mode(False):
+        return (
+            torch.from_numpy(axis_matrix(rows, height, grid_size, bin_rows, round_to)),
+            torch.from_numpy(axis_matrix(columns, width, grid_size, bin_columns, round_to)),
+        )
 
 
 @lru_cache(maxsize=1024)
@@ -98,8 +100,7 @@ def _placed_matrices(
     device: torch.device,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     down, across = pooling_matrices(rows, columns, grid_size, round_to)
-    # A cached tensor must not be an inference tensor, or training after evaluation would fail.
-    with torch.inference_mode(False):
+    with torch.inference_mode(False):  # as above
         return down.to(device, dtype), across.to(device, dtype)
 
 

@@ -122,18 +122,25 @@ def build_trainer(
     dataset: ConversationDataset,
     folder: Path,
 ) -> StageTrainer:
-    """The trainer of one stage."""
-    trainer = StageTrainer(
-        recipe=recipe,
-        only_projector=learns_only_projector(recipe, parts),
-        model=parts.model,
-        args=arguments,
-        train_dataset=dataset,
-        data_collator=Collator(parts.processor.tokenizer.pad_token_id or 0),
-        processing_class=parts.processor,
-        callbacks=[JsonLog(folder)],
-    )
-    return trainer
+    """The trainer of one stage.
+
+    Raises:
+        UserError: arguments that the library refuses.
+    """
+    try:
+        return StageTrainer(
+            recipe=recipe,
+            only_projector=learns_only_projector(recipe, parts),
+            model=parts.model,
+            args=arguments,
+            train_dataset=dataset,
+            data_collator=Collator(parts.processor.tokenizer.pad_token_id or 0),
+            processing_class=parts.processor,
+            callbacks=[JsonLog(folder)],
+        )
+    except (ValueError, ImportError, RuntimeError) as error:
+        # A logger that is not installed, an evaluation without data, ...
+        raise UserError(f"trainer: {' '.join(str(error).split())}") from error
 
 
 def conclude(recipe: Recipe, trainer: StageTrainer, folder: Path) -> None:

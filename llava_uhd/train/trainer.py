@@ -82,9 +82,10 @@ class StageTrainer(Trainer):
 
     def _make_sampler(self) -> SeededSampler:
         dataset = self.train_dataset
-        if self.recipe.trainer.group_by_modality_length:
+        by_modality = self.recipe.trainer.group_by_modality_length
+        if by_modality or self.args.train_sampling_strategy == "group_by_length":
             return ModalityLengthSampler(
-                dataset.modality_lengths,
+                dataset.modality_lengths if by_modality else dataset.lengths,
                 self.args.train_batch_size,
                 self.args.world_size * self.args.gradient_accumulation_steps,
                 self.args.seed,
