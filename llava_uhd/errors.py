@@ -23,6 +23,18 @@ class UserError(ValueError):
     """
 
 
+def make_folder(path: Path, what: str) -> None:
+    """Makes a folder to write into, before the work whose result it takes.
+
+    Raises:
+        UserError: it cannot be made, or a file stands there.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{what} {path} cannot be made: {error.strerror or error}") from error
+
+
 def _tell(error: UserError) -> None:
     """Prints the line, or leaves it for the launcher where torchrun looks for reasons."""
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")

@@ -82,8 +82,10 @@ def test_all_wrong_weights_in_one_message(ours: Path) -> None:
 
 def test_unknown_published_key_is_named(published: Path, tmp_path: Path) -> None:
     folder = copy(published, tmp_path / "copy")
-    rewrite(folder, lambda state: state.update({"mystery.weight": torch.zeros(1)}))
-    with pytest.raises(UserError, match=r"'mystery\.weight' is not part of the LLaVA-UHD v1"):
+    surplus = {"mystery.weight": torch.zeros(1), "riddle.bias": torch.zeros(1)}
+    rewrite(folder, lambda state: state.update(surplus))
+    message = r"2 weights are not part of the LLaVA-UHD v1 layout: mystery\.weight, riddle\.bias"
+    with pytest.raises(UserError, match=message):
         load_pretrained(folder)
 
 

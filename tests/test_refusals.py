@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from llava_uhd.data.records import parse_row
 from llava_uhd.errors import UserError
 from llava_uhd.images.pixels import open_image
 from llava_uhd.images.strategies import plan_image
+from llava_uhd.projectors import build_projector
 
 
 @pytest.mark.parametrize(
@@ -156,3 +159,23 @@ def test_images_of_other_kinds() -> None:
         plan_image(ImageConfig(), *Image.new("RGB", (0, 5)).size)
     with pytest.raises(UserError, match="height and width must be > 0"):
         plan_image(ImageConfig(long_side=1024), 3000, 1)
+
+
+@pytest.mark.parametrize("module", ["llava_uhd.train.demo_tower", "llava_uhd.data.synthetic"])
+def test_output_that_cannot_be_made(module: str, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("in the way")
+    words = [sys.executable, "-m", module, "--out", str(file / "folder")]
+    ran = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 2
+    assert ran.stderr.strip().endswith("cannot be made: Not a directory")
+
+
+def test_heads_that_do_not_divide_the_width() -> None:
+    config = LlavaUHDConfig(
+        vision_config={"model_type": "clip_vision_model"},
+        text_config={"model_type": "llama", "hidden_size": 64, "num_attention_heads": 2},
+        projector={"num_heads": 7},
+    )
+    with pytest.raises(UserError, match=r"num_heads: the width 64 must be divisible by 7"):
+        build_projector(config)

@@ -26,7 +26,7 @@ from llava_uhd.checkpoint.published import (
     Layout,
     find_layout,
     find_tower,
-    our_key,
+    our_state,
     tower_config_by_name,
     tower_depth,
 )
@@ -251,11 +251,10 @@ def _open_published(
         )
     config = layout.make_config(values, vision)
     depth = tower_depth(config)
-    state: Tensors = {}
-    for key, tensor in weights.items():
-        ours = our_key(layout, key, depth)
-        if ours is not None:
-            state[ours] = tensor
+    try:
+        state = our_state(layout, weights, depth)
+    except UserError as error:
+        raise UserError(f"checkpoint {folder}: {error}") from None
     if not weights:
         if base is None:
             file = find_projector(folder).name

@@ -16,6 +16,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 
 from llava_uhd.checkpoint.parts import tower_key
+from llava_uhd.checkpoint.weights import Tensors
 from llava_uhd.config.model import ImageConfig, LlavaUHDConfig, ProjectorConfig, make_config
 from llava_uhd.errors import UserError
 from llava_uhd.vision.towers import num_built_layers
@@ -111,6 +112,36 @@ def find_layout(config: dict[str, Any]) -> Layout | None:
     return next((layout for layout in LAYOUTS if layout.matches(config)), None)
 
 
+def our_state(layout: Layout, weights: Tensors, depth: int) -> Tensors:
+    """Published weights under our names.
+
+    Args:
+        layout: of the checkpoint.
+        weights: under their published names.
+        depth: tower layers that are built.
+
+    Raises:
+        UserError: keys that are neither mapped nor listed, all in one message.
+    """
+    state: Tensors = {}
+    foreign = []
+    for key, tensor in weights.items():
+        try:
+            ours = our_key(layout, key, depth)
+        except KeyError:
+            foreign.append(key)
+            continue
+        if ours is not None:
+            state[ours] = tensor
+    if foreign:
+        more = f" and {len(foreign) - 8} more" if len(foreign) > 8 else ""
+        raise UserError(
+            f"{len(foreign)} weights are not part of the {layout.name} layout: "
+            f"{', '.join(foreign[:8])}{more}"
+        )
+    return state
+
+
 def our_key(layout: Layout, key: str, depth: int) -> str | None:
     """Our name of a published key, or None if the layout lists it as unused.
 
@@ -120,7 +151,7 @@ def our_key(layout: Layout, key: str, depth: int) -> str | None:
         depth: tower layers that are built.
 
     Raises:
-        UserError: a key that is neither mapped nor listed.
+        KeyError: a key that is neither mapped nor listed.
     """
     if key.startswith(VISION_PREFIX):
         ours = tower_key(key.removeprefix(VISION_PREFIX), depth)
@@ -132,7 +163,7 @@ def our_key(layout: Layout, key: str, depth: int) -> str | None:
         return f"language_model.{key}"
     if any(re.fullmatch(pattern, key) for pattern in layout.unused):
         return None
-    raise UserError(f"weight '{key}' is not part of the {layout.name} layout")
+    raise KeyError(key)
 
 
 def published_key(key: str) -> str:

@@ -96,7 +96,10 @@ def _read_binary(path: Path) -> Tensors:
             # Files of the old torch format cannot be mapped.
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can fail in any way at all
-        raise UserError(f"{path} cannot be read as weights ({first_line(error)})") from error
+        raise UserError(
+            f"{path} cannot be read as weights: it is damaged, or holds more than tensors, which "
+            "is never loaded"
+        ) from error
     if not isinstance(state, dict) or not all(torch.is_tensor(x) for x in state.values()):
         raise UserError(f"{path} does not hold a plain dictionary of tensors")
     return state

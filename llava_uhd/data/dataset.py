@@ -166,10 +166,15 @@ class ConversationDataset(Dataset[dict[str, Any] | BrokenSample]):
             image = image.resize(size, Image.Resampling.BICUBIC)
         return image
 
+    def _name(self, path: Path) -> str:
+        """Path as the record gives it: the folder of all images has no say."""
+        root = self.records.root
+        return str(path) if root is None else str(path.relative_to(root.path))
+
     def _target_size(self, path: Path, size: Size, index: int) -> Size:
         """Size after the published training resizes: TextVQA's, or else the six-slice one."""
         config = self.config
-        if config.textvqa_long_side is not None and "textvqa" in str(path):
+        if config.textvqa_long_side is not None and "textvqa" in self._name(path):
             try:
                 return fit_long_side(*size, config.textvqa_long_side)
             except ValueError as error:

@@ -41,7 +41,7 @@ from llava_uhd.data.drawing import (
     overlaps,
     render,
 )
-from llava_uhd.errors import UserError, command
+from llava_uhd.errors import UserError, command, make_folder
 from llava_uhd.images.geometry import SlicePlan, plan_slices
 
 logger = logging.getLogger(__name__)
@@ -312,7 +312,7 @@ def generate(out: Path, config: SyntheticConfig) -> bool:
     stamp_file = out / "synthetic.json"
     if stamp_file.is_file() and stamp_file.read_text(encoding="utf-8") == json.dumps(stamp):
         return False
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out, "folder of the data")
     # Written last: an interrupted run leaves no stamp and is repeated.
     stamp_file.unlink(missing_ok=True)
     seed = config.seed

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 
 from llava_uhd.config.model import LlavaUHDConfig
+from llava_uhd.errors import UserError
 from llava_uhd.images.tokens import fixed_queries
 from llava_uhd.projectors.pooling import pool_windows
 from llava_uhd.projectors.registry import PROJECTORS
@@ -185,8 +186,8 @@ class SpatialResampler(nn.Module):
         config: of the model; reads ``projector``, the tower's width and the language model's.
 
     Raises:
-        UserError: ``num_queries`` is not a square.
-        ValueError: the width does not fit the heads or the position table.
+        UserError: ``num_queries`` is not a square, or the width does not fit the heads or the
+            position table.
     """
 
     def __init__(self, config: LlavaUHDConfig) -> None:
@@ -195,8 +196,8 @@ class SpatialResampler(nn.Module):
         kv_width = config.vision_config.hidden_size
         num_heads = options.num_heads or max(width // 128, 1)
         if width % num_heads or width % 4:
-            raise ValueError(
-                f"projector width {width} must be divisible by its {num_heads} heads and by 4"
+            raise UserError(
+                f"projector.num_heads: the width {width} must be divisible by {num_heads} and by 4"
             )
         num_queries = fixed_queries(options, 1, 1)
         self.grid_size = isqrt(num_queries)

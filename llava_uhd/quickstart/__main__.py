@@ -17,6 +17,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from llava_uhd.checkpoint.manifest import write_whole
 from llava_uhd.errors import UserError, command
 from llava_uhd.quickstart.report import Arm, write_report
 
@@ -150,7 +151,7 @@ def step(run: Run, name: str, title: str, words: list[str]) -> None:
     times[name] = max(seconds, times.get(name, 0.0))
     run.root.mkdir(parents=True, exist_ok=True)
     (run.root / "quickstart-pretrain").mkdir(exist_ok=True)
-    (run.pretrained / TIMES_FILE).write_text(json.dumps(times, indent=2) + "\n", encoding="utf-8")
+    write_whole(run.pretrained / TIMES_FILE, json.dumps(times, indent=2) + "\n")
 
 
 def environment() -> dict[str, str]:

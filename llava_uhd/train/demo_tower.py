@@ -46,7 +46,7 @@ from llava_uhd.data.drawing import (
     paste_glyph,
     render,
 )
-from llava_uhd.errors import command
+from llava_uhd.errors import UserError, command, make_folder
 from llava_uhd.images.pixels import pack_patches
 from llava_uhd.vision.towers import VisionTower
 
@@ -310,7 +310,6 @@ def save_tower(
     out: Path, tower: VisionTower, config: DemoTowerConfig, measured: dict[str, float]
 ) -> None:
     """Writes ``config.json`` and ``model.safetensors`` as transformers reads them."""
-    out.mkdir(parents=True, exist_ok=True)
     vision = config.vision_config
     save_file(stored_tensors(tower, vision), out / "model.safetensors", {"format": "pt"})
     values = {
@@ -353,6 +352,9 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     # Several threads add in an order of their own: one gives the same file every time.
     torch.set_num_threads(1)
+    if given.steps < 1:
+        raise UserError(f"--steps must be at least 1, got {given.steps}")
+    make_folder(given.out, "output folder")
     config = DemoTowerConfig(seed=given.seed, steps=given.steps)
     tower, measured = train_tower(config)
     save_tower(given.out, tower, config, measured)
