@@ -310,6 +310,7 @@ def save_tower(
     out: Path, tower: VisionTower, config: DemoTowerConfig, measured: dict[str, float]
 ) -> None:
     """Writes ``config.json`` and ``model.safetensors`` as transformers reads them."""
+    make_folder(out, "output folder")
     vision = config.vision_config
     save_file(stored_tensors(tower, vision), out / "model.safetensors", {"format": "pt"})
     values = {
