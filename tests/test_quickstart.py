@@ -35,6 +35,9 @@ def test_report_of_a_debug_run(tmp_path: Path) -> None:
     wrong = [row for row in signs if row["metrics"]["sign_exact"] == 0]
     assert html.count('class="card wrong"') == min(len(wrong), 6)
     assert ">12</td>" in html
+    with quickstart.console.capture() as printed:
+        quickstart.show_scores([arm])
+    assert re.search(r"slices <native>.*\d\.\d{3}.*\d\.\d{3}.*\d\.\d{3}", printed.get())
 
 
 def test_steps_are_commands_that_exist() -> None:

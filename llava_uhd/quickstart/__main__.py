@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
+from rich.table import Table
 
 from llava_uhd.checkpoint.manifest import write_whole
 from llava_uhd.errors import UserError, command
@@ -43,6 +44,8 @@ ARMS = {
         "the same slices and as many tokens, cut from a low-resolution copy blown up again",
     ),
 }
+
+METRICS = {"sign_exact": "sign exact", "digit_accuracy": "digits", "mark_exact": "mark exact"}
 
 # What --short changes: every step runs, nothing is learned.
 SHORT = ["--trainer.max_steps", "6", "--trainer.save_steps", "3"]
@@ -98,12 +101,11 @@ def main() -> None:
         evaluate = ["llava_uhd.eval", "run", str(folder), "--tasks", "synthetic"]
         limit = ["--limit", "8"] if run.short else []
         step(run, f"eval {name}", f"Evaluate: {title}", [*evaluate, *limit])
-    report = write_report(
-        run.root / "quickstart",
-        [Arm(run.root / name, *ARMS[name][1:]) for name in ARMS if _is_evaluated(run.root / name)],
-        run.pretrained,
-        _times(run),
-    )
+    evaluated = [
+        Arm(run.root / name, *ARMS[name][1:]) for name in ARMS if _is_evaluated(run.root / name)
+    ]
+    report = write_report(run.root / "quickstart", evaluated, run.pretrained, _times(run))
+    show_scores(evaluated)
     minutes = (time.perf_counter() - started) / 60
     conclude(run, report, minutes)
 
@@ -171,6 +173,19 @@ def _times(run: Run) -> dict[str, float]:
 
 def _is_evaluated(folder: Path) -> bool:
     return (folder / "eval" / "synthetic" / "scores.json").is_file()
+
+
+def show_scores(arms: list[Arm]) -> None:
+    """Prints one row per evaluated model."""
+    table = Table(title="Held-out pictures", title_justify="left")
+    table.add_column("how pictures are read")
+    for heading in METRICS.values():
+        table.add_column(heading, justify="right")
+    for arm in arms:
+        scores = arm.scores
+        row = [f"{scores[name]:.3f}" if name in scores else "" for name in METRICS]
+        table.add_row(arm.title, *row)
+    console.print(table)
 
 
 def conclude(run: Run, report: Path, minutes: float) -> None:
