@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
@@ -13,6 +13,9 @@ from transformers import AutoConfig, PreTrainedConfig
 from llava_uhd.config.typed import convert, field_types
 from llava_uhd.errors import UserError
 from llava_uhd.registry import nearest_hint
+
+# Scales of feature maps: the tower's own, and those that upsampler stacks make.
+SCALES = (1, 2, 4, 8)
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -24,6 +27,9 @@ class ImageConfig:
 
     Attributes:
         strategy: registered image strategy (`llava_uhd.images.strategies`).
+        layout: where the tokens of the slices stand: "slices" (one slice after another) or "rows"
+            (the token maps of all slices joined into one map, row by row: the published
+            LLaVA-UHD v2 Vicuna-7B).
         max_slices: most slices beside the overview.
         scale_resolution: side in pixels of the square whose area a view aims at.
         patch_size: side of a tower patch in pixels.
@@ -40,6 +46,7 @@ class ImageConfig:
     """
 
     strategy: str = "slices"
+    layout: Literal["slices", "rows"] = "slices"
     max_slices: int = 7
     scale_resolution: int = 336
     patch_size: int = 14
@@ -79,6 +86,10 @@ class ProjectorConfig:
         layer_norm_eps: of the projector's norms.
         train_positions: whether the query position table learns with the projector. In the
             published training it learns in the first stage only.
+        scales: of the feature maps that a multi-scale projector reads: 1 is the tower's own map, 2, 4
+            and 8 are made by the upsampler.
+        form: "fast", or "plain" for the slow form that follows the publication step by step (the
+            same numbers up to rounding).
         round_boxes: round the pooling windows to the feature dtype as the published
             half-precision code does, for bit-faithful bfloat16 comparisons.
     """
@@ -88,9 +99,18 @@ class ProjectorConfig:
     num_heads: int | None = None
     layer_norm_eps: float = 1e-6
     train_positions: bool = True
+    scales: tuple[int, ...] = (1,)
+    form: Literal["fast", "plain"] = "fast"
     round_boxes: bool = False
 
     def __post_init__(self) -> None:
+        self.scales = tuple(sorted(self.scales))
+        if (
+            not self.scales
+            or set(self.scales) - set(SCALES)
+            or len(set(self.scales)) < len(self.scales)
+        ):
+            raise UserError(f"projector.scales must be different ones of {SCALES}: {self.scales}")
         if self.num_heads is not None and self.num_heads < 1:
             raise UserError(f"projector.num_heads must be at least 1 or null, got {self.num_heads}")
 

@@ -34,6 +34,8 @@ class ModelSection:
         tokenizer: folder or hub id; None takes the language model's own.
         vision_tower: folder or hub id of a vision tower, or a configuration mapping as above.
         projector_file: output folder or file of a first stage.
+        upsampler_file: pre-trained upsampler (VDIM) of a multi-scale projector; it replaces what
+            `projector_file` holds.
         template: registered conversation template.
         select_layer: hidden state of the tower that is used.
         projector: its configuration.
@@ -48,6 +50,7 @@ class ModelSection:
     tokenizer: str | None = None
     vision_tower: str | dict[str, Any] | None = None
     projector_file: str | None = None
+    upsampler_file: str | None = None
     template: str = "v1"
     select_layer: int = -2
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)

@@ -203,10 +203,11 @@ class ConversationDataset(Dataset[dict[str, Any] | BrokenSample]):
 
     def _count(self, *amounts: int) -> None:
         worker = get_worker_info()
-        row = self._counts[(worker.id + 1) % MAX_WORKERS if worker else 0]
-        row[: len(COUNTS)] += torch.tensor(amounts)
-        if row[EPOCH] != self._epoch:
-            row[EPOCH] = self._epoch
+        # As an array over the same shared memory: single tensor elements are slow.
+        row = self._counts.numpy()[(worker.id + 1) % MAX_WORKERS if worker else 0]
+        row[: len(COUNTS)] += amounts
+        if row[EPOCH] != self.epoch:
+            row[EPOCH] = self.epoch
             row[EPOCH_BROKEN] = 0
         row[EPOCH_BROKEN] += amounts[COUNTS.index("broken")]
 

@@ -147,13 +147,28 @@ def pack_patches(
     Returns:
         float32 (rows * columns, 3 * patch_size ** 2), patches row by row, values channel-first.
     """
-    pixels = np.asarray(view, dtype=np.float32) * np.float32(1 / 255)
-    pixels = (pixels - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
+    return _normalise(_cut_patches(view, patch_size), mean, std)
+
+
+def _cut_patches(view: Image.Image, patch_size: int) -> np.ndarray:
+    """RGB view to uint8 (rows * columns, 3, patch_size ** 2)."""
+    pixels = np.asarray(view)
     height, width, channels = pixels.shape
     rows, columns = height // patch_size, width // patch_size
     tiles = pixels.reshape(rows, patch_size, columns, patch_size, channels)
     tiles = tiles.transpose(0, 2, 4, 1, 3)  # (rows, columns, 3, p, p)
-    return torch.from_numpy(np.ascontiguousarray(tiles).reshape(rows * columns, -1))
+    return tiles.reshape(rows * columns, channels, -1)
+
+
+def _normalise(
+    patches: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]
+) -> torch.Tensor:
+    """uint8 (P, 3, p * p) to float32 (P, 3 * p * p), in the published order of operations."""
+    values = patches.astype(np.float32)
+    values *= np.float32(1 / 255)
+    values -= np.asarray(mean, np.float32)[:, None]
+    values /= np.asarray(std, np.float32)[:, None]
+    return torch.from_numpy(values.reshape(len(values), -1))
 
 
 def pack_views(
@@ -165,8 +180,9 @@ def pack_views(
         ``pixel_values`` float32 (P, 3 * patch_size ** 2), patches of all views one after another;
         ``view_grids`` int64 (V, 2), the (rows, columns) of each view; P is the sum of the products.
     """
-    patches = [pack_patches(view, plan.patch_size, mean, std) for view in cut_views(image, plan)]
-    return torch.cat(patches), torch.tensor(plan.view_grids, dtype=torch.long)
+    patches = [_cut_patches(view, plan.patch_size) for view in cut_views(image, plan)]
+    grids = torch.tensor(plan.view_grids, dtype=torch.long)
+    return _normalise(np.concatenate(patches), mean, std), grids
 
 
 def remove_detail(image: Image.Image, side: int) -> Image.Image:

@@ -20,6 +20,9 @@ import torch
 
 from llava_uhd.images.geometry import pool_bins
 
+# Elements of the maps that a CPU pools in one product (8 MiB in float32).
+CPU_ELEMENTS = 2**21
+
 
 def axis_matrix(
     length: int, window: float, num_windows: int, bins: int, round_to: torch.dtype | None = None
@@ -121,10 +124,11 @@ def pool_windows(
     count, rows, columns, width = maps.shape
     down, across = _placed_matrices(rows, columns, grid_size, round_to, maps.dtype, maps.device)
     bin_rows, bin_columns = down.shape[0] // grid_size, across.shape[0] // grid_size
-    # On a CPU one map at a time keeps the temporaries small enough to be reused: fresh pages for
+    # On a CPU few maps at a time keep the temporaries small enough to be reused: fresh pages for
     # large ones cost more than the products. A GPU takes all maps in one launch.
+    at_once = count if maps.device.type != "cpu" else CPU_ELEMENTS // (rows * columns * width)
     pieces = []
-    for part in maps.split(1 if maps.device.type == "cpu" else count):
+    for part in maps.split(max(at_once, 1)):
         pooled = torch.matmul(down, part.reshape(-1, rows, columns * width))
         pooled = torch.matmul(across, pooled.reshape(-1, columns, width))
         pooled = pooled.reshape(-1, grid_size, bin_rows, grid_size, bin_columns, width)

@@ -149,9 +149,11 @@ class WindowAttention(nn.Module):
         """
         heads, width = self.num_heads, cells.shape[-1]
         projection = projection.unflatten(0, (heads, -1)).transpose(1, 2)  # (H, D, d)
-        # The averages have H times the size of the result: only some windows at a time, and made
-        # again in the backward pass instead of kept.
+        # The averages have H times the size of the result: when they are large, only some windows
+        # at a time, and made again in the backward pass instead of kept.
         step = max(MIXED_ELEMENTS // (cells.shape[1] * heads * width), 1)
+        if step >= len(cells):
+            return _project_averages(weights, cells, projection)
         parts = zip(weights.split(step), cells.split(step), strict=True)
         if not torch.is_grad_enabled():
             return torch.cat([_project_averages(*part, projection) for part in parts])

@@ -84,7 +84,10 @@ def check_unicode(text: str) -> None:
 
 def start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """What the tokenizer puts before a text: the begin token, or nothing."""
-    ids = tokenizer("")["input_ids"]
+    # Straight from the tokenizer's core: the library's call takes longer than the rest of a short
+    # sample. What an earlier padded call may have left set is masked.
+    empty = tokenizer.backend_tokenizer.encode("")
+    ids = [token for token, real in zip(empty.ids, empty.attention_mask, strict=True) if real]
     bos = tokenizer.bos_token_id
     return [bos] if bos is not None and ids[:1] == [bos] else []
 
@@ -115,16 +118,21 @@ def encode_spans(
     result = Encoding()
     first = start_ids(tokenizer)
     result.add(first, [False] * len(first))
-    for index, (chunk, learned) in enumerate(_chunks(text, spans)):
-        if index:
-            result.add_image(images[index - 1])
+    chunks, flags = [], []
+    for chunk, learned in _chunks(text, spans):
         if chunk.startswith(" ") and _swallows_space(tokenizer):
             chunk, learned = " " + chunk, learned[:1] + learned
-        encoded = tokenizer(
-            chunk, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-        )
-        offsets = encoded["offset_mapping"]
-        result.add(encoded["input_ids"], [any(learned[start:stop]) for start, stop in offsets])
+        chunks.append(chunk)
+        flags.append(learned)
+    encoded = tokenizer(
+        chunks, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+    )
+    for index, learned in enumerate(flags):
+        if index:
+            result.add_image(images[index - 1])
+        offsets = encoded["offset_mapping"][index]
+        learn = [any(learned[start:stop]) for start, stop in offsets]
+        result.add(encoded["input_ids"][index], learn)
     return result
 
 
