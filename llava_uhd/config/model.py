@@ -86,8 +86,8 @@ class ProjectorConfig:
         layer_norm_eps: of the projector's norms.
         train_positions: whether the query position table learns with the projector. In the
             published training it learns in the first stage only.
-        scales: of the feature maps that a multi-scale projector reads: 1 is the tower's own map, 2, 4
-            and 8 are made by the upsampler.
+        scales: of the feature maps that a multi-scale projector reads: 1 is the tower's own map,
+            2, 4 and 8 are made by the upsampler.
         form: "fast", or "plain" for the slow form that follows the publication step by step (the
             same numbers up to rounding).
         round_boxes: round the pooling windows to the feature dtype as the published
