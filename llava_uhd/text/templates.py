@@ -189,6 +189,60 @@ class TwoSeparatorTemplate:
         )
 
 
+@dataclass(frozen=True)
+class ChatMLTemplate:
+    """Turns between ``<|im_start|>role`` and ``<|im_end|>``, each followed by a newline.
+
+    The answer and its end token are learned. The newline behind it is not: generation ends at the
+    end token, so nothing ever asks for it. (The published code also learns the headers of the
+    answers and every newline, start and end token wherever it stands.)
+
+    Attributes:
+        system: the system message.
+        start: opens a turn; a special token.
+        end: closes a turn; a special token.
+    """
+
+    system: str
+    start: str = "<|im_start|>"
+    end: str = "<|im_end|>"
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """The end token as text."""
+        return (self.end,)
+
+    def spans(self, turns: Sequence[Turn], *, generate: bool = False) -> list[Span]:
+        """See `Template.spans`."""
+        check_alternation(turns, generate=generate)
+        spans = [Span(f"{self.start}system\n{self.system}{self.end}\n")]
+        for turn in turns:
+            if turn.role == "human":
+                asked = f"{self.start}user\n{turn.text}{self.end}\n"
+                spans.append(Span(f"{asked}{self.start}assistant\n"))
+            else:
+                spans += [Span(f"{turn.text}{self.end}", learn=True), Span("\n")]
+        return spans
+
+    @property
+    def chat_template(self) -> str:
+        """Jinja form; a leading system message replaces the template's own."""
+        end = repr(self.end + "\n")
+        heads = {role: repr(f"{self.start}{role}\n") for role in ("system", "user", "assistant")}
+        return _CONTENT_MACRO + (
+            "{%- if not messages or messages[0]['role'] != 'system' -%}"
+            "{{ " + f"{heads['system']} + {self.system!r} + {end}" + " }}{%- endif -%}"
+            "{%- for message in messages -%}"
+            + "".join(
+                f"{{%- {word} message['role'] == '{role}' -%}}"
+                f"{{{{ {head} + render(message['content']) + {end} }}}}"
+                for word, (role, head) in zip(("if", "elif", "elif"), heads.items(), strict=True)
+            )
+            + "{%- endif -%}{%- endfor -%}"
+            "{%- if add_generation_prompt -%}{{ " + heads["assistant"] + " }}{%- endif -%}"
+        )
+
+
 TEMPLATES.add("plain", PlainTemplate())
 TEMPLATES.add(
     "v1",
@@ -197,3 +251,4 @@ TEMPLATES.add(
         "The assistant gives helpful, detailed, and polite answers to the user's questions."
     ),
 )
+TEMPLATES.add("qwen_1_5", ChatMLTemplate("You are a helpful assistant."))

@@ -2,8 +2,9 @@
 
 Registered as a transformers attention backend, so the library's own encoder layers run over the
 pack unchanged: every linear layer sees all tokens at once and only the attention core works view
-by view. Each layer runs exactly once per call whatever the mix of view shapes, so parallel ranks
-with different images stay in step.
+by view. The layout of the pack travels as the attention mask, the one argument that the layers of
+every family hand on to their backend untouched. Each layer runs exactly once per call whatever the
+mix of view shapes, so parallel ranks with different images stay in step.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ def packed_views_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    attention_mask: ViewGroups,
     scaling: float,
     dropout: float = 0.0,
     **kwargs: Any,
@@ -114,15 +115,15 @@ def packed_views_attention(
         query: (1, heads, N, d); key and value alike.
         key: see query.
         value: see query.
-        attention_mask: unused; the groups say who may see whom.
+        attention_mask: who may see whom; its lengths sum to N.
         scaling: of the logits.
         dropout: probability.
-        **kwargs: must hold ``view_groups``, a `ViewGroups` whose lengths sum to N.
+        **kwargs: of the library's interface: none is used.
 
     Returns:
         (1, N, heads, d) and None for the weights.
     """
-    layout: ViewGroups = kwargs["view_groups"]
+    layout = attention_mask
     parts = (query[0], key[0], value[0])
     if layout.backend == "varlen":
         out = varlen_attention(*parts, layout.lengths, scaling)

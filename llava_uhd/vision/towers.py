@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers import initialization as init
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
+from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 
 from llava_uhd.errors import UserError
 from llava_uhd.registry import Registry
@@ -44,6 +45,10 @@ TOWERS: Registry[TowerSpec] = Registry("vision tower")
 TOWERS.add(
     "clip_vision_model",
     TowerSpec(CLIPEncoderLayer, class_token=True, pre_norm=True, patch_bias=False),
+)
+TOWERS.add(
+    "siglip_vision_model",
+    TowerSpec(SiglipEncoderLayer, class_token=False, pre_norm=False, patch_bias=True),
 )
 
 
@@ -205,7 +210,7 @@ class VisionTower(nn.Module):
             tuple((count, size + self.num_prefix) for size, count in groups.items()), self.backend
         )
         for layer in self.layers:
-            output = layer(hidden, attention_mask=None, view_groups=layout)
+            output = layer(hidden, attention_mask=layout)
             hidden = output[0] if isinstance(output, tuple) else output
         pieces: list[torch.Tensor] = [hidden] * len(order)
         for index, view in zip(order, hidden[0].split(layout.lengths), strict=True):
