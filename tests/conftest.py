@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,32 @@ hypothesis.settings.load_profile("llava_uhd")
 def root() -> Path:
     """The repository."""
     return ROOT
+
+
+@pytest.fixture(autouse=True)
+def tidy_logging() -> Iterator[None]:
+    """Commands raise the level of the root logger; later tests want their own."""
+    level = logging.getLogger().level
+    yield
+    logging.getLogger().setLevel(level)
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder to train in, with the embedded data drawn."""
+    from llava_uhd.data.synthetic import embedded_split
+
+    folder = tmp_path_factory.mktemp("workplace")
+    embedded_split("debug", "pretrain", folder / "playground/data")
+    return folder
+
+
+@pytest.fixture
+def train(workplace: Path) -> Callable[..., Path]:
+    """One run in `workplace`: ``train(recipe, output, *words)`` gives its output folder."""
+    from fixtures_runs import run_here
+
+    return lambda *words: run_here(workplace, *words)
 
 
 @pytest.fixture(scope="session")

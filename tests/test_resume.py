@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,34 +21,9 @@ from fixtures_runs import (
 
 from llava_uhd.checkpoint.manifest import MANIFEST_FILE
 from llava_uhd.config.recipe import load_recipe
-from llava_uhd.data.synthetic import embedded_split
 from llava_uhd.errors import UserError
 from llava_uhd.train.log import CURVE_FILE, LOG_FILE
 from llava_uhd.train.output import RECIPE_FILE, last_complete_checkpoint
-
-
-@pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder to run in, with the embedded data drawn."""
-    folder = tmp_path_factory.mktemp("workplace")
-    embedded_split("debug", "pretrain", folder / "playground/data")
-    return folder
-
-
-@pytest.fixture
-def train(workplace: Path) -> Train:
-    return lambda *words: run_here(workplace, *words)
-
-
-@pytest.fixture(autouse=True)
-def tidy_logging() -> Iterator[None]:
-    """The command raises the level of the root logger; later tests want their own."""
-    import logging
-
-    level = logging.getLogger().level
-    yield
-    logging.getLogger().setLevel(level)
-
 
 # --- going on -------------------------------------------------------------------------------------
 

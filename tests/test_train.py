@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from fixtures_runs import (
     Train,
     assert_same_run,
     break_at,
-    run_here,
     start,
     steps,
     weights,
@@ -30,34 +28,9 @@ from fixtures_tiny import picture
 from llava_uhd.checkpoint.load import load_pretrained
 from llava_uhd.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from llava_uhd.config.recipe import list_recipes, load_recipe
-from llava_uhd.data.synthetic import embedded_split
 from llava_uhd.errors import UserError
 from llava_uhd.train import __main__ as command
 from llava_uhd.train.log import CURVE_FILE, LOG_FILE, draw_loss, read_log, smooth
-
-
-@pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder to run in, with the embedded data drawn."""
-    folder = tmp_path_factory.mktemp("workplace")
-    embedded_split("debug", "pretrain", folder / "playground/data")
-    return folder
-
-
-@pytest.fixture
-def train(workplace: Path) -> Train:
-    return lambda *words: run_here(workplace, *words)
-
-
-@pytest.fixture(autouse=True)
-def tidy_logging() -> Iterator[None]:
-    """The command raises the level of the root logger; later tests want their own."""
-    import logging
-
-    level = logging.getLogger().level
-    yield
-    logging.getLogger().setLevel(level)
-
 
 # --- the command ----------------------------------------------------------------------------------
 

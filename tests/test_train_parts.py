@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,6 @@ import torch
 from fixtures_runs import (
     FROM_NOTHING,
     Train,
-    run_here,
     weights,
 )
 from fixtures_tiny import LLAMA, VISION
@@ -21,31 +19,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaFo
 from llava_uhd.checkpoint.load import load_pretrained
 from llava_uhd.checkpoint.manifest import read_manifest
 from llava_uhd.data.demo_tokenizer import build_demo_tokenizer
-from llava_uhd.data.synthetic import embedded_split
 from llava_uhd.errors import UserError
-
-
-@pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder to run in, with the embedded data drawn."""
-    folder = tmp_path_factory.mktemp("workplace")
-    embedded_split("debug", "pretrain", folder / "playground/data")
-    return folder
-
-
-@pytest.fixture
-def train(workplace: Path) -> Train:
-    return lambda *words: run_here(workplace, *words)
-
-
-@pytest.fixture(autouse=True)
-def tidy_logging() -> Iterator[None]:
-    """The command raises the level of the root logger; later tests want their own."""
-    import logging
-
-    level = logging.getLogger().level
-    yield
-    logging.getLogger().setLevel(level)
 
 
 @pytest.fixture(scope="module")
