@@ -24,13 +24,15 @@ from llava_uhd.checkpoint.parts import (
 )
 from llava_uhd.checkpoint.sources import resolve_folder
 from llava_uhd.checkpoint.weights import Tensors
-from llava_uhd.config.model import CompressionConfig, LlavaUHDConfig, make_config
+from llava_uhd.config.model import CompressionConfig, ImageConfig, LlavaUHDConfig, make_config
 from llava_uhd.config.training import ModelSection
 from llava_uhd.errors import UserError
 from llava_uhd.model.modeling import LlavaUHDForConditionalGeneration
 from llava_uhd.text.processor import LlavaUHDProcessor
 
 logger = logging.getLogger(__name__)
+
+UPSAMPLER_PREFIX = "projector.upsampler."
 
 Options = TypeVar("Options")
 TokenizerMaker = Callable[[], PreTrainedTokenizerBase]
@@ -69,6 +71,8 @@ def check_parts(section: ModelSection) -> None:
             resolve_folder(path, what)
     if section.projector_file is not None:
         find_projector(resolve_projector(section.projector_file))
+    if section.upsampler_file is not None:
+        resolve_upsampler(section.upsampler_file)
 
 
 def assemble(
@@ -81,7 +85,7 @@ def assemble(
 
     Args:
         section: of the recipe. With a whole checkpoint the values of ``image`` and ``projector``
-            that differ from their defaults are laid over the checkpoint's own.
+            that the recipe sets (``section.given``) are laid over the checkpoint's own.
         compression: of the recipe.
         dtype: of the weights.
         demo_tokenizer: makes the tokenizer of a language model that starts from nothing and names
@@ -112,27 +116,69 @@ def _from_checkpoint(section: ModelSection, dtype: torch.dtype) -> Assembled:
     )
     config = model.config
     _check_shapes(section, config)
-    config.image = overlay(processor.image_config, section.image)
-    config.projector = overlay(config.projector, section.projector)
+    config.image = overlay(processor.image_config, section.image, section.given)
+    config.projector = overlay(config.projector, section.projector, section.given)
     config.template = section.template
     processor = LlavaUHDProcessor.from_parts(processor.tokenizer, config)
     if section.projector_file is not None:
         found = read_projector(resolve_projector(section.projector_file), config)
         state = {key.removeprefix("projector."): tensor.to(dtype) for key, tensor in found.items()}
         model.projector.load_state_dict(state)
+    if section.upsampler_file is not None:
+        stack = {
+            key.removeprefix("projector."): tensor.to(dtype)
+            for key, tensor in read_upsampler(section.upsampler_file, config).items()
+        }
+        model.projector.load_state_dict(stack, strict=False)
     return Assembled(model, processor, ())
+
+
+def resolve_upsampler(path: str) -> Path:
+    """Existing file or folder of a pre-trained upsampler.
+
+    Raises:
+        UserError: missing; the message names the command that makes one.
+    """
+    found = Path(path).expanduser()
+    if not found.exists():
+        raise UserError(
+            f"model.upsampler_file {path} does not exist: train one before "
+            "(bash scripts/vdim_pretrain.sh), point it at one, or leave it out "
+            "(--model.upsampler_file null)"
+        )
+    return found
+
+
+def read_upsampler(path: str, config: LlavaUHDConfig) -> Tensors:
+    """Weights of a pre-trained upsampler under the model's names (``projector.upsampler.*``).
+
+    Raises:
+        UserError: the model has no upsampler, or the file holds another one.
+    """
+    from llava_uhd.checkpoint.vdim import read_vdim
+
+    scale = max(config.projector.scales)
+    if scale == 1:
+        raise UserError(
+            f"model.upsampler_file {path}: the projector {config.projector.type} reads scale 1 "
+            "alone and has no upsampler: leave it out (--model.upsampler_file null)"
+        )
+    stack = read_vdim(resolve_upsampler(path), config.vision_config.hidden_size, scale)
+    return {f"{UPSAMPLER_PREFIX}{key}": tensor for key, tensor in stack.items()}
 
 
 def _check_shapes(section: ModelSection, config: LlavaUHDConfig) -> None:
     """Raises UserError where a recipe asks for what would change the weights of its checkpoint."""
-    projector = overlay(config.projector, section.projector)
+    given = section.given
+    projector = overlay(config.projector, section.projector, given)
     wanted: dict[str, Any] = {
         f"projector.{key}": value
         for key, value in dataclasses.asdict(projector).items()
         if key != "train_positions"
     }
-    wanted["image.patch_size"] = overlay(config.image, section.image).patch_size
-    if section.select_layer != ModelSection.select_layer:
+    wanted["image.patch_size"] = overlay(config.image, section.image, given).patch_size
+    unset = section.select_layer == ModelSection.select_layer
+    if not unset if given is None else "select_layer" in given:
         wanted["select_layer"] = section.select_layer
     for key, value in wanted.items():
         part, _, name = key.rpartition(".")
@@ -144,14 +190,25 @@ def _check_shapes(section: ModelSection, config: LlavaUHDConfig) -> None:
             )
 
 
-def overlay(own: Options, given: Options) -> Options:
-    """The checkpoint's options with those of the recipe that are not at their default."""
-    default = type(given)()
-    changes: dict[str, Any] = {
-        item.name: getattr(given, item.name)
-        for item in dataclasses.fields(given)  # type: ignore[arg-type]
-        if getattr(given, item.name) != getattr(default, item.name)
-    }
+def overlay(own: Options, wanted: Options, given: frozenset[str] | None = None) -> Options:
+    """The checkpoint's options with those that the recipe sets.
+
+    Args:
+        own: of the checkpoint.
+        wanted: of the recipe, ``image`` or ``projector``.
+        given: keys of the model section that the recipe sets (`ModelSection.given`). None: what is
+            not at its default counts as set.
+    """
+    default = type(wanted)()
+    part = "image" if isinstance(wanted, ImageConfig) else "projector"
+
+    def is_set(name: str) -> bool:
+        if given is not None:
+            return f"{part}.{name}" in given
+        return bool(getattr(wanted, name) != getattr(default, name))
+
+    names = [item.name for item in dataclasses.fields(wanted)]  # type: ignore[arg-type]
+    changes: dict[str, Any] = {name: getattr(wanted, name) for name in names if is_set(name)}
     return dataclasses.replace(own, **changes)  # type: ignore[type-var]
 
 
@@ -176,10 +233,18 @@ def _from_parts(
         template=section.template,
         select_layer=section.select_layer,
     )
+    _compare_with_tower(config)
     if section.projector_file is not None:
         state |= read_projector(resolve_projector(section.projector_file), config)
     else:
         new.append("projector")
+    if section.upsampler_file is not None:
+        state |= read_upsampler(section.upsampler_file, config)
+    elif "projector" in new and max(config.projector.scales) > 1:
+        logger.warning(
+            "the projector's upsampler starts from initial values: name a pre-trained one with "
+            "--model.upsampler_file (bash scripts/vdim_pretrain.sh makes it)"
+        )
     processor = LlavaUHDProcessor.from_parts(tokenizer, config)
     model = build_model(
         config,
@@ -190,6 +255,25 @@ def _from_parts(
         may_miss=tuple(f"{part}." for part in new),
     )
     return Assembled(model, processor, tuple(new))
+
+
+def _compare_with_tower(config: LlavaUHDConfig) -> None:
+    """Says where a recipe prepares images in another way than its tower was trained with."""
+    image, vision = config.image, config.vision_config
+    own = ImageConfig().filled(vision).normalisation
+    if image.normalisation != own:
+        logger.warning(
+            "model.image.mean and std are %s, the vision tower was trained with %s: leave them out "
+            "to take those",
+            image.normalisation,
+            own,
+        )
+    if image.scale_resolution != vision.image_size:
+        logger.warning(
+            "model.image.scale_resolution is %s, the vision tower was trained at %s",
+            image.scale_resolution,
+            vision.image_size,
+        )
 
 
 def resolve_projector(path: str) -> Path:
@@ -244,7 +328,7 @@ def _vision_part(section: ModelSection, state: Tensors, new: list[str]) -> PreTr
     """Adds the tower's weights to ``state``, or its name to ``new``."""
     source = section.vision_tower
     if source is None:
-        raise UserError("model.vision_tower is missing: name a CLIP folder or hub id")
+        raise UserError("model.vision_tower is missing: name a CLIP or SigLIP folder or hub id")
     if isinstance(source, dict):
         new.append("vision_tower")
         return make_config(source, "model.vision_tower")

@@ -96,7 +96,7 @@ def describe_recipe(recipe: Recipe) -> LlavaUHDConfig:
     section = recipe.model
     if section.checkpoint is not None:
         config = describe_checkpoint(section.checkpoint)
-        config.image = overlay(config.image, section.image)
+        config.image = overlay(config.image, section.image, section.given)
         config.compression = recipe.compression
         return config
     language, tower = section.language_model, section.vision_tower

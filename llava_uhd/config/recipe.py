@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from llava_uhd.config.aliases import ALIASES, Context, Inert, apply_alias
-from llava_uhd.config.schema import Flat, assign, build, clear, flatten, unknown_key
-from llava_uhd.config.training import Recipe, recipe_keys, training_argument_types
+from llava_uhd.config.schema import Flat, assign, clear, flatten, unknown_key
+from llava_uhd.config.training import Recipe, make_recipe, recipe_keys, training_argument_types
 from llava_uhd.config.typed import Word, load_yaml, parse_scalar
 from llava_uhd.errors import UserError
 from llava_uhd.registry import nearest_hint
@@ -23,12 +24,26 @@ from llava_uhd.registry import nearest_hint
 logger = logging.getLogger(__name__)
 
 RECIPES_VARIABLE = "LLAVA_UHD_RECIPES"
-DEBUG_OVERLAY = "_base/debug"
+
+Result = TypeVar("Result")
 
 # A layer that sets the key on the left, and not those on the right, takes the latter back: the
 # later choice wins over what an earlier layer chose in its place.
 RIVALS: dict[str, tuple[str, ...]] = {
-    "model.checkpoint": ("model.language_model", "model.vision_tower", "model.projector_file"),
+    # A checkpoint also brings its image settings and the shape of its projector.
+    "model.checkpoint": (
+        "model.language_model",
+        "model.vision_tower",
+        "model.projector_file",
+        "model.upsampler_file",
+        "model.select_layer",
+        "model.image",
+        "model.projector.type",
+        "model.projector.num_queries",
+        "model.projector.num_heads",
+        "model.projector.layer_norm_eps",
+        "model.projector.scales",
+    ),
     "model.language_model": ("model.checkpoint",),
     "data.path": ("data.embedded",),
     "data.embedded": ("data.path", "data.image_folder"),
@@ -36,6 +51,42 @@ RIVALS: dict[str, tuple[str, ...]] = {
     "trainer.gradient_accumulation_steps": ("trainer.global_batch_size",),
     "trainer.num_train_epochs": ("trainer.max_steps",),
 }
+
+
+@dataclass(frozen=True)
+class RecipeKind(Generic[Result]):
+    """A family of recipes: what they become and where they stand.
+
+    Attributes:
+        make: dotted keys -> the recipe.
+        keys: returns every dotted key that a recipe can hold, with its type.
+        prefix: start of the names of its recipes; the empty one takes what no other kind has.
+        debug_overlay: recipe that ``--debug`` lays over them.
+        command: that runs them, for messages.
+        rivals: see `RIVALS`.
+        published_flags: whether `llava_uhd.config.aliases` applies.
+    """
+
+    make: Callable[[Flat], Result]
+    keys: Callable[[], dict[str, Any]]
+    prefix: str
+    debug_overlay: str
+    command: str
+    rivals: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    published_flags: bool = False
+
+
+STAGES: RecipeKind[Recipe] = RecipeKind(
+    make=make_recipe,
+    keys=recipe_keys,
+    prefix="",
+    debug_overlay="_base/debug",
+    command="bash pretrain.sh, bash finetune.sh",
+    rivals=RIVALS,
+    published_flags=True,
+)
+# Names that begin with one of these belong to a kind of their own.
+PREFIXES = {"vdim/": "bash vdim-pretrain.sh"}
 
 
 def recipes_root() -> Path:
@@ -54,11 +105,23 @@ def recipes_root() -> Path:
     return root
 
 
-def list_recipes() -> list[str]:
-    """Names of all recipes, for instance ``uhd_v1/finetune_vicuna7b``; bases are not listed."""
+def list_recipes(prefix: str = "") -> list[str]:
+    """Names of all recipes of a kind, for instance ``uhd_v1/finetune_vicuna7b``.
+
+    Bases are not listed.
+
+    Args:
+        prefix: of a `RecipeKind`.
+    """
     root = recipes_root()
     names = (path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.yaml"))
-    return sorted(name for name in names if not name.startswith("_"))
+    named = sorted(name for name in names if not name.startswith("_"))
+    return [name for name in named if _prefix(name) == prefix]
+
+
+def _prefix(name: str) -> str:
+    """Prefix of the kind that a recipe name belongs to."""
+    return next((prefix for prefix in PREFIXES if name.startswith(prefix)), "")
 
 
 def load_recipe(
@@ -77,17 +140,28 @@ def load_recipe(
         UserError: unknown recipe, key or flag (with the nearest known one), wrong type, circular
             bases, impossible combination.
     """
-    path = find_recipe(name_or_path)
+    return load_kind(STAGES, name_or_path, overrides, debug=debug)
+
+
+def load_kind(
+    kind: RecipeKind[Result],
+    name_or_path: str | os.PathLike[str],
+    overrides: Sequence[str] = (),
+    *,
+    debug: bool = False,
+) -> Result:
+    """Loads a recipe of any kind; see `load_recipe`."""
+    path = find_recipe(name_or_path, prefix=kind.prefix)
     words = list(parse_words(overrides))
     debug = debug or any(name == "debug" and parse_scalar(value) is True for name, value in words)
     flat: Flat = {}
-    _apply_file(flat, path, ())
+    _apply_file(flat, path, (), kind)
     if debug:
-        _apply_file(flat, find_recipe(DEBUG_OVERLAY), ())
-    _apply_words(flat, [(name, value) for name, value in words if name != "debug"])
+        _apply_file(flat, find_recipe(kind.debug_overlay), (), kind)
+    _apply_words(flat, [(name, value) for name, value in words if name != "debug"], kind)
     flat.setdefault("name", recipe_name(path))
     try:
-        return build(Recipe, flat, recipe_keys())
+        return kind.make(flat)
     except UserError as error:
         raise UserError(f"recipe {flat['name']}: {error}") from error
 
@@ -101,12 +175,15 @@ def recipe_name(path: Path) -> str:
     return path.stem
 
 
-def find_recipe(name_or_path: str | os.PathLike[str], beside: Path | None = None) -> Path:
+def find_recipe(
+    name_or_path: str | os.PathLike[str], beside: Path | None = None, prefix: str | None = None
+) -> Path:
     """File of a recipe.
 
     Args:
         name_or_path: a name, or the path of a file.
         beside: folder that relative paths start from; the working folder by default.
+        prefix: of the `RecipeKind` that a name must belong to; None takes any.
 
     Raises:
         UserError: no such recipe; the message names the nearest ones.
@@ -118,16 +195,21 @@ def find_recipe(name_or_path: str | os.PathLike[str], beside: Path | None = None
             return path
         text = text.rpartition(".")[0]
     path = recipes_root() / f"{text}.yaml"
+    own = _prefix(text)
+    if path.is_file() and prefix is not None and own != prefix and not text.startswith("_"):
+        raise UserError(
+            f"recipe '{text}' is not for this command: run it with {PREFIXES.get(own, STAGES.command)}"
+        )
     if path.is_file() and path.resolve().is_relative_to(recipes_root().resolve()):
         return path
-    names = list_recipes()
+    names = list_recipes(prefix or "")
     raise UserError(
         f"unknown recipe '{name_or_path}'{nearest_hint(text, names)} (known: {', '.join(names)}; "
         "or the path of a .yaml file)"
     )
 
 
-def _apply_file(flat: Flat, path: Path, above: tuple[Path, ...]) -> None:
+def _apply_file(flat: Flat, path: Path, above: tuple[Path, ...], kind: RecipeKind[Any]) -> None:
     """Puts the bases of a file and then the file itself onto the recipe."""
     resolved = path.resolve()
     if resolved in above:
@@ -141,9 +223,9 @@ def _apply_file(flat: Flat, path: Path, above: tuple[Path, ...]) -> None:
     if above:
         values.pop("name", None)  # a base lends its settings, not its name
     for base in bases:
-        _apply_file(flat, find_recipe(base, beside=path.parent), (*above, resolved))
+        _apply_file(flat, find_recipe(base, beside=path.parent), (*above, resolved), kind)
     try:
-        apply_layer(flat, flatten(_short_forms(values), recipe_keys()))
+        apply_layer(flat, flatten(_short_forms(values), kind.keys()), kind)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
 
@@ -159,15 +241,15 @@ def _short_forms(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def apply_layer(flat: Flat, layer: Flat) -> None:
+def apply_layer(flat: Flat, layer: Flat, kind: RecipeKind[Any]) -> None:
     """Puts dotted keys onto a recipe; later choices displace their rivals."""
-    for key, rivals in RIVALS.items():
+    for key, rivals in kind.rivals.items():
         if layer.get(key) is not None:
             for rival in rivals:
                 if rival not in layer:
                     clear(flat, rival)
     for key, value in layer.items():
-        assign(flat, key, value, recipe_keys())
+        assign(flat, key, value, kind.keys())
 
 
 def parse_words(words: Sequence[str]) -> Iterator[tuple[str, Any]]:
@@ -196,27 +278,27 @@ def parse_words(words: Sequence[str]) -> Iterator[tuple[str, Any]]:
         yield name, values if len(values) > 1 else values[0] if values else Word("true")
 
 
-def _apply_words(flat: Flat, words: list[tuple[str, Any]]) -> None:
+def _apply_words(flat: Flat, words: list[tuple[str, Any]], kind: RecipeKind[Any]) -> None:
     """Puts the whole command line onto the recipe as one layer, in its order."""
     flags = {name: _plain(value) for name, value in words if name in ALIASES}
     layer: Flat = {}
     for name, value in words:
-        for key, each in _meaning(name, value, Context(flat | layer, flags)).items():
+        for key, each in _meaning(name, value, Context(flat | layer, flags), kind).items():
             layer.pop(key, None)  # a repeated flag counts where it stands last
             layer[key] = each
     try:
-        apply_layer(flat, layer)
+        apply_layer(flat, layer, kind)
     except UserError as error:
         raise UserError(f"command line: {error}") from error
 
 
-def _meaning(name: str, value: Any, context: Context) -> dict[str, Any]:
+def _meaning(name: str, value: Any, context: Context, kind: RecipeKind[Any]) -> dict[str, Any]:
     """Dotted keys that one option of the command line sets."""
     if name.startswith("model.compression"):
         name = name.removeprefix("model.")
     if "." in name:
         return {name: value}
-    if name in ALIASES:
+    if kind.published_flags and name in ALIASES:
         # A plain alias leaves the reading of the value to the field it goes to.
         plain = value if ALIASES.get(name).key is not None else _plain(value)
         meaning = apply_alias(name, plain, context)
@@ -226,10 +308,10 @@ def _meaning(name: str, value: Any, context: Context) -> dict[str, Any]:
         return meaning
     if name in training_argument_types() or name == "output_dir":
         return {f"trainer.{name}": value}
-    known = [*ALIASES, *training_argument_types(), *recipe_keys()]
-    hint = nearest_hint(name, known)
+    flags = list(ALIASES) if kind.published_flags else []
+    hint = nearest_hint(name, [*flags, *training_argument_types(), *kind.keys()])
     if not hint:
-        raise unknown_key(name, recipe_keys())
+        raise unknown_key(name, kind.keys())
     raise UserError(f"unknown option '--{name}'{hint}")
 
 

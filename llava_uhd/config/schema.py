@@ -20,11 +20,16 @@ Flat = dict[str, Any]
 Part = TypeVar("Part")
 
 
+def settable(kind: type) -> list[dataclasses.Field[Any]]:
+    """Fields that a recipe can set; those without ``init`` are filled in by the code."""
+    return [item for item in dataclasses.fields(kind) if item.init]
+
+
 def leaf_types(kind: type, prefix: str = "") -> dict[str, Any]:
     """Every dotted key of a dataclass that takes a value, with its type."""
     leaves: dict[str, Any] = {}
     types = field_types(kind)
-    for item in dataclasses.fields(kind):
+    for item in settable(kind):
         hint = types[item.name]
         if "open_keys" in item.metadata:
             extra = item.metadata["open_keys"]()
@@ -168,7 +173,7 @@ def _assign_entry(flat: Flat, key: str, parent: str, value: Any, leaves: Mapping
 def build(kind: type[Part], flat: Flat, leaves: Mapping[str, Any], prefix: str = "") -> Part:
     """Makes the dataclass from its dotted keys; fields without a key keep their defaults."""
     types = field_types(kind)
-    fields = dataclasses.fields(kind)  # type: ignore[arg-type]
+    fields = settable(kind)
     own = {item.name for item in fields}
     values: dict[str, Any] = {}
     for item in fields:

@@ -15,8 +15,10 @@ from llava_uhd.config.schema import Flat, assign, build, flatten, leaf_types
 from llava_uhd.errors import UserError
 from llava_uhd.registry import nearest_hint
 
-# Parts of a model that a stage can train, by attribute name.
-PARTS = ("vision_tower", "projector", "language_model")
+# Parts of a model that a stage can train. The projector's own part leaves out its upsampler:
+# "upsampler" is the whole stack, "upsampler_fixup" only the 1x1 convolutions behind its stages.
+PARTS = ("vision_tower", "projector", "upsampler", "upsampler_fixup", "language_model")
+UPSAMPLER_PARTS = ("upsampler", "upsampler_fixup")
 
 # DeepSpeed configurations that ship under scripts/deepspeed.
 DEEPSPEED_NAMES = ("zero2", "zero3", "zero3_offload")
@@ -43,6 +45,9 @@ class ModelSection:
         dtype: of the weights. "auto" keeps float32 weights, except where DeepSpeed keeps float32
             copies beside bfloat16 ones.
         attn_implementation: of the language model; None chooses what the machine has.
+        given: dotted keys of this section that the recipe sets, also those that it sets to their
+            default; None where the section was not made from a recipe. Over a whole checkpoint
+            they decide, everything else follows the checkpoint.
     """
 
     checkpoint: str | None = None
@@ -57,6 +62,7 @@ class ModelSection:
     image: ImageConfig = field(default_factory=ImageConfig)
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     attn_implementation: str | None = None
+    given: frozenset[str] | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.checkpoint is not None and self.language_model is not None:
@@ -274,8 +280,15 @@ class Recipe:
         return f"checkpoints/{prefix}{self.name}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain nested form with every default filled in; `from_dict` reads it back."""
+        """Plain nested form with every default filled in; `from_dict` reads it back.
+
+        Over a whole checkpoint, settings of images and projector that the recipe does not make are
+        left out: there the checkpoint's own count, not the defaults.
+        """
         values = _plain(dataclasses.asdict(self))
+        given = values["model"].pop("given")
+        if self.model.checkpoint is not None and given is not None:
+            _keep_given(values["model"], given)
         arguments = values["trainer"].pop("arguments")
         values["trainer"] = {**values["trainer"], **arguments}
         return values
@@ -295,7 +308,7 @@ class Recipe:
         flat: Flat = {}
         for key, value in flatten({"name": "unnamed", **values}, leaves).items():
             assign(flat, key, value, leaves)
-        return build(cls, flat, leaves)
+        return make_recipe(flat)
 
 
 @cache
@@ -304,9 +317,31 @@ def recipe_keys() -> dict[str, Any]:
     return leaf_types(Recipe)
 
 
+def make_recipe(flat: Flat) -> Recipe:
+    """The recipe of dotted keys; it remembers which keys of ``model`` were set.
+
+    Raises:
+        UserError: impossible value or combination.
+    """
+    recipe = build(Recipe, flat, recipe_keys())
+    prefix = "model."
+    recipe.model.given = frozenset(
+        key.removeprefix(prefix) for key in flat if key.startswith(prefix)
+    )
+    return recipe
+
+
+def _keep_given(model: dict[str, Any], given: list[str]) -> None:
+    """Drops what a recipe over a checkpoint does not set from the plain form of its section."""
+    for part in ("image", "projector"):
+        model[part] = {k: v for k, v in model[part].items() if f"{part}.{k}" in given}
+    if "select_layer" not in given:
+        model.pop("select_layer", None)
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
+    if isinstance(value, list | tuple | frozenset):
         return [_plain(each) for each in value]
     return value

@@ -16,7 +16,7 @@ from transformers.utils import logging as library_logging
 from llava_uhd.checkpoint.assemble import Assembled, assemble, check_parts
 from llava_uhd.checkpoint.manifest import write_manifest
 from llava_uhd.config.recipe import list_recipes, load_recipe
-from llava_uhd.config.training import Recipe
+from llava_uhd.config.training import UPSAMPLER_PARTS, Recipe
 from llava_uhd.data.collator import Collator
 from llava_uhd.data.dataset import ConversationDataset, open_records
 from llava_uhd.errors import UserError, command
@@ -91,7 +91,7 @@ def learns_only_projector(recipe: Recipe, parts: Assembled) -> bool:
     recorded = isinstance(recipe.model.language_model, str) and isinstance(
         recipe.model.vision_tower, str
     )
-    return recorded and set(recipe.stage.learn) == {"projector"}
+    return recorded and set(recipe.stage.learn) <= {"projector", *UPSAMPLER_PARTS}
 
 
 def announce(

@@ -7,8 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from llava_uhd.config.training import PARTS, StageConfig
+from llava_uhd.config.training import PARTS, UPSAMPLER_PARTS, StageConfig
+from llava_uhd.errors import UserError
 from llava_uhd.model.modeling import LlavaUHDForConditionalGeneration
+
+UPSAMPLER_PREFIX = "projector.upsampler."
 
 
 @dataclass(frozen=True)
@@ -29,22 +32,53 @@ class PartReport:
 
 
 def part_of(parameter_name: str) -> str:
-    """Part that a parameter of the model belongs to.
+    """Part that a parameter of the model belongs to: every parameter belongs to exactly one.
 
-    Example: ``projector.attn.in_proj_weight`` belongs to ``projector``.
+    Example: ``projector.attn.in_proj_weight`` belongs to ``projector``,
+    ``projector.upsampler.fixup_proj.1.weight`` to ``upsampler_fixup``, and
+    ``projector.upsampler.up1.fixup_proj.0.weight``, which lies inside a stage, to ``upsampler``.
     """
+    if parameter_name.startswith(UPSAMPLER_PREFIX):
+        inside = parameter_name.removeprefix(UPSAMPLER_PREFIX)
+        return "upsampler_fixup" if inside.startswith("fixup_proj") else "upsampler"
     return parameter_name.partition(".")[0]
+
+
+def learns(part: str, stage: StageConfig) -> bool:
+    """Whether a part of `part_of` learns: the whole upsampler takes its fixup along."""
+    return part in stage.learn or (part in UPSAMPLER_PARTS and "upsampler" in stage.learn)
+
+
+def rate_of(part: str, stage: StageConfig, learning_rate: float) -> float:
+    """Learning rate of a part that learns; ``learning_rate`` where it has none of its own."""
+    if part == "upsampler_fixup" and part not in stage.learn:
+        part = "upsampler"
+    rate = stage.learn.get(part)
+    return learning_rate if rate is None else rate
 
 
 def apply_stage(model: LlavaUHDForConditionalGeneration, stage: StageConfig) -> None:
     """Lets exactly the stage's parts learn.
 
     The query positions of a projector learn only if ``config.projector.train_positions`` says so,
-    as in the published training, where they rest in the second stage.
+    as in the published LLaVA-UHD v1 training, where they rest in the second stage.
+
+    Raises:
+        UserError: the stage trains an upsampler that the projector does not have.
     """
-    for part in PARTS:
-        module: nn.Module = getattr(model, part)
-        module.requires_grad_(part in stage.learn)
+    present = set()
+    for name, parameter in model.named_parameters():
+        part = part_of(name)
+        present.add(part)
+        parameter.requires_grad_(learns(part, stage))
+    for part in stage.learn:
+        if part not in present:
+            projector = model.config.projector
+            raise UserError(
+                f"stage.learn.{part}: the projector {projector.type} with scales "
+                f"{list(projector.scales)} has no upsampler: leave it out "
+                f"(--stage.learn.{part} false)"
+            )
     positions = getattr(model.projector, "pos_embed", None)
     if positions is not None and not model.config.projector.train_positions:
         positions.requires_grad_(False)
@@ -53,26 +87,24 @@ def apply_stage(model: LlavaUHDForConditionalGeneration, stage: StageConfig) -> 
 def part_reports(
     model: LlavaUHDForConditionalGeneration, stage: StageConfig, learning_rate: float
 ) -> list[PartReport]:
-    """Counts what learns in each part.
+    """Counts what learns in each part that the model has.
 
     Args:
         model: after `apply_stage`.
         stage: of the recipe.
         learning_rate: of parts that have none of their own.
     """
+    counts: dict[str, list[int]] = {}
+    for name, parameter in model.named_parameters():
+        learning, total = counts.setdefault(part_of(name), [0, 0])
+        size = parameter.numel()
+        counts[part_of(name)] = [learning + size * parameter.requires_grad, total + size]
     reports = []
     for part in PARTS:
-        parameters = list(getattr(model, part).parameters())
-        learning = sum(p.numel() for p in parameters if p.requires_grad)
-        rate = stage.learn.get(part)
-        reports.append(
-            PartReport(
-                name=part,
-                learning=learning,
-                total=sum(p.numel() for p in parameters),
-                rate=None if not learning else (learning_rate if rate is None else rate),
-            )
-        )
+        if part in counts:
+            learning, total = counts[part]
+            rate = rate_of(part, stage, learning_rate) if learning else None
+            reports.append(PartReport(part, learning, total, rate))
     return reports
 
 
@@ -98,11 +130,10 @@ def parameter_groups(
             grouped.setdefault((part_of(name), name in decaying), []).append(parameter)
     groups: list[dict[str, object]] = []
     for (part, decays), parameters in grouped.items():
-        rate = stage.learn.get(part)
         groups.append(
             {
                 "params": parameters,
-                "lr": learning_rate if rate is None else rate,
+                "lr": rate_of(part, stage, learning_rate),
                 "weight_decay": weight_decay if decays else 0.0,
             }
         )
