@@ -63,6 +63,8 @@ def tower_key(key: str, depth: int) -> str | None:
 def read_tower_config(folder: Path) -> PreTrainedConfig:
     """Vision configuration of a transformers folder (a tower alone, or a whole CLIP model).
 
+    ``image_mean`` and ``image_std`` of a ``preprocessor_config.json`` beside it become part of it.
+
     Raises:
         UserError: not a folder of a known tower.
     """
@@ -78,6 +80,9 @@ def read_tower_config(folder: Path) -> PreTrainedConfig:
         )
     for key in ("torch_dtype", "dtype", "architectures"):
         values.pop(key, None)
+    if (folder / "preprocessor_config.json").is_file():
+        seen = read_json(folder / "preprocessor_config.json")
+        values |= {key: seen[key] for key in ("image_mean", "image_std") if seen.get(key)}
     return make_config({**values, "model_type": model_type}, f"vision tower {folder}")
 
 

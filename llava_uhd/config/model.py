@@ -19,6 +19,11 @@ SCALES = (1, 2, 4, 8)
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+# Mean and standard deviation of the images that a tower family was trained on; CLIP's for the rest.
+NORMALISATION: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
+    "clip_vision_model": (CLIP_MEAN, CLIP_STD),
+    "siglip_vision_model": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
 
 
 @dataclass
@@ -38,8 +43,8 @@ class ImageConfig:
             evaluation loader uses 1024.
         detail_side: shrink images to a square of this side and blow them up again before they are
             cut, or None. A control for experiments: every view and token stays, detail goes.
-        mean: of the normalised channels, in [0, 1].
-        std: of the normalised channels, in [0, 1].
+        mean: of the normalised channels, in [0, 1]; None: the tower's own.
+        std: of the normalised channels, in [0, 1]; None: the tower's own.
         image_token_id: id of the placeholder in ``input_ids``; never embedded.
         comma_id: separator after a slice inside a row.
         newline_id: separator after the last slice of a row.
@@ -53,15 +58,15 @@ class ImageConfig:
     bounded: bool = True
     long_side: int | None = None
     detail_side: int | None = None
-    mean: tuple[float, ...] = CLIP_MEAN
-    std: tuple[float, ...] = CLIP_STD
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
     image_token_id: int | None = None
     comma_id: int | None = None
     newline_id: int | None = None
 
     def __post_init__(self) -> None:
-        self.mean = tuple(self.mean)
-        self.std = tuple(self.std)
+        self.mean = None if self.mean is None else tuple(self.mean)
+        self.std = None if self.std is None else tuple(self.std)
         for name in ("max_slices", "patch_size", "long_side", "detail_side"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -71,8 +76,33 @@ class ImageConfig:
                 f"image.scale_resolution {self.scale_resolution} must be at least "
                 f"image.patch_size {self.patch_size}"
             )
-        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+        mean, std = self.normalisation
+        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
             raise UserError("image.mean and image.std must hold 3 numbers each, std above 0")
+
+    @property
+    def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation; CLIP's as long as no tower has been asked."""
+        mean = CLIP_MEAN if self.mean is None else self.mean
+        return mean, CLIP_STD if self.std is None else self.std
+
+    def filled(self, vision: PreTrainedConfig) -> ImageConfig:
+        """The same with a tower's normalisation where none is set.
+
+        Args:
+            vision: configuration of the tower. ``image_mean`` and ``image_std``, which it has when
+                its folder brought a ``preprocessor_config.json``, go before those of its family.
+        """
+        if self.mean is not None and self.std is not None:
+            return self
+        mean, std = NORMALISATION.get(vision.model_type, (CLIP_MEAN, CLIP_STD))
+        mean = getattr(vision, "image_mean", None) or mean
+        std = getattr(vision, "image_std", None) or std
+        return dataclasses.replace(
+            self,
+            mean=mean if self.mean is None else self.mean,
+            std=std if self.std is None else self.std,
+        )
 
 
 @dataclass
@@ -219,7 +249,7 @@ class LlavaUHDConfig(PreTrainedConfig):
             vision_config or {"model_type": "clip_vision_model"}, "vision_config"
         )
         self.text_config = make_config(text_config or {"model_type": "llama"}, "text_config")
-        self.image = make_part(ImageConfig, image, "image")
+        self.image = make_part(ImageConfig, image, "image").filled(self.vision_config)
         self.projector = make_part(ProjectorConfig, projector, "projector")
         self.compression = make_part(CompressionConfig, compression, "compression")
         self.template = template

@@ -40,7 +40,7 @@ class LlavaUHDForConditionalGeneration(PreTrainedModel, GenerationMixin):
     base_model_prefix = ""
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["CLIPEncoderLayer", "WindowAttention"]
+    _no_split_modules = ["CLIPEncoderLayer", "SiglipEncoderLayer", "WindowAttention"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = True

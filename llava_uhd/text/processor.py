@@ -155,7 +155,7 @@ class LlavaUHDProcessor(ProcessorMixin):
             plan = plan_image(unprepared, *size, overview_only)
             counts = view_token_counts(self._projector, plan.view_grids)
             ids.append(image_ids(plan, counts, self._image))
-            pixels, view_grids = pack_views(image, plan, self._image.mean, self._image.std)
+            pixels, view_grids = pack_views(image, plan, *self._image.normalisation)
             patches.append(pixels)
             grids.append(view_grids)
         return ids, patches, grids
