@@ -197,9 +197,8 @@ def find_recipe(
     path = recipes_root() / f"{text}.yaml"
     own = _prefix(text)
     if path.is_file() and prefix is not None and own != prefix and not text.startswith("_"):
-        raise UserError(
-            f"recipe '{text}' is not for this command: run it with {PREFIXES.get(own, STAGES.command)}"
-        )
+        command = PREFIXES.get(own, STAGES.command)
+        raise UserError(f"recipe '{text}' is not for this command: run it with {command}")
     if path.is_file() and path.resolve().is_relative_to(recipes_root().resolve()):
         return path
     names = list_recipes(prefix or "")
