@@ -61,7 +61,7 @@ class RecipeKind(Generic[Result]):
         make: dotted keys -> the recipe.
         keys: returns every dotted key that a recipe can hold, with its type.
         prefix: start of the names of its recipes; the empty one takes what no other kind has.
-        debug_overlay: recipe that ``--debug`` lays over them.
+        debug_overlay: recipe that ``--debug`` lays over them, before their own ``debug_base``.
         command: that runs them, for messages.
         rivals: see `RIVALS`.
         published_flags: whether `llava_uhd.config.aliases` applies.
@@ -157,7 +157,8 @@ def load_kind(
     flat: Flat = {}
     _apply_file(flat, path, (), kind)
     if debug:
-        _apply_file(flat, find_recipe(kind.debug_overlay), (), kind)
+        for overlay in (kind.debug_overlay, *_listed(flat.get("debug_base"))):
+            _apply_file(flat, find_recipe(overlay), (), kind)
     _apply_words(flat, [(name, value) for name, value in words if name != "debug"], kind)
     flat.setdefault("name", recipe_name(path))
     try:
@@ -215,8 +216,7 @@ def _apply_file(flat: Flat, path: Path, above: tuple[Path, ...], kind: RecipeKin
         circle = " -> ".join(recipe_name(each) for each in (*above, resolved))
         raise UserError(f"recipe bases run in a circle: {circle}")
     values = load_yaml(path)
-    bases = values.pop("base", None) or []
-    bases = bases if isinstance(bases, list) else [bases]
+    bases = _listed(values.pop("base", None))
     if not all(isinstance(base, str) for base in bases):
         raise UserError(f"{path}: base must be a recipe name, a file or a list of them")
     if above:
@@ -227,6 +227,11 @@ def _apply_file(flat: Flat, path: Path, above: tuple[Path, ...], kind: RecipeKin
         apply_layer(flat, flatten(_short_forms(values), kind.keys()), kind)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
+
+
+def _listed(names: Any) -> list[Any]:
+    """One name, several or none as a list."""
+    return names if isinstance(names, list) else [names] if names else []
 
 
 def _short_forms(values: dict[str, Any]) -> dict[str, Any]:

@@ -249,6 +249,8 @@ class Recipe:
         compression: visual context compression (short for ``model.compression``).
         deepspeed: "zero2", "zero3", "zero3_offload", the path of a configuration, or None.
         debug: shrunken run on a tiny model.
+        debug_base: recipes that ``--debug`` lays over this one after ``_base/debug``, so that the
+            tiny model has the same kinds of parts.
     """
 
     name: str
@@ -259,6 +261,7 @@ class Recipe:
     compression: CompressionConfig = field(default_factory=CompressionConfig)
     deepspeed: str | None = None
     debug: bool = False
+    debug_base: str | list[str] | None = None
 
     def __post_init__(self) -> None:
         if self.deepspeed not in (None, *DEEPSPEED_NAMES) and not str(self.deepspeed).endswith(
