@@ -13,7 +13,7 @@ from llava_uhd.config.model import LlavaUHDConfig
 from llava_uhd.config.recipe import load_recipe
 from llava_uhd.errors import UserError, command
 from llava_uhd.images.cost import image_cost
-from llava_uhd.images.geometry import SlicePlan
+from llava_uhd.images.geometry import SlicePlan, map_side
 from llava_uhd.images.pictures import slice_grid_picture
 from llava_uhd.images.pixels import open_image, remove_detail
 from llava_uhd.images.strategies import plan_image, prepared_size
@@ -75,7 +75,7 @@ def describe(plan: SlicePlan, config: LlavaUHDConfig) -> list[str]:
         lines.append("  grid       none: one view")
     lines.append(f"  overview   {_view(plan, -1)}, {counts[-1]} tokens")
     lines.append("  layout")
-    lines += [f"    {row}" for row in token_layout(plan, counts)]
+    lines += [f"    {row}" for row in token_layout(plan, counts, config.image.layout)]
     separators = cost.positions - cost.visual_tokens
     lines += [
         f"  tokens     {cost.visual_tokens} visual + {separators} separators = {cost.positions} "
@@ -93,14 +93,21 @@ def _view(plan: SlicePlan, index: int) -> str:
     return f"{width} x {height} ({columns} x {rows} patches)"
 
 
-def token_layout(plan: SlicePlan, counts: list[int]) -> list[str]:
+def token_layout(plan: SlicePlan, counts: list[int], layout: str = "slices") -> list[str]:
     r"""How the tokens of an image stand in the text.
 
     Example: a grid of 2 x 1 with 144 tokens a view: ``["[1: 144] , [2: 144] \n",
-    "[overview: 144]"]``, with the separators as they are written.
+    "[overview: 144]"]``, with the separators as they are written; in the layout "rows":
+    ``["12 rows of [1: 12] [2: 12] \n", ",", "[overview: 144]"]``.
     """
     rows = []
-    if plan.grid is not None:
+    if plan.grid is not None and layout == "rows":
+        columns, side = plan.grid[0], map_side(counts)
+        for start in range(0, plan.num_slices, columns):
+            row = [f"[{at + 1}: {side}]" for at in range(start, start + columns)]
+            rows.append(f"{side} rows of {' '.join(row)} \\n")
+        rows.append("\\n" if columns == 1 else ",")
+    elif plan.grid is not None:
         columns = plan.grid[0]
         for start in range(0, plan.num_slices, columns):
             row = [f"[{at + 1}: {counts[at]}]" for at in range(start, start + columns)]

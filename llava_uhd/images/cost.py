@@ -316,8 +316,10 @@ def image_cost(
     """
     convention = convention or Convention()
     grids = plan.view_grids
-    visual = sum(view_token_counts(config.projector, grids))
-    positions = visual + text_tokens + (num_schema_tokens(plan) if separators else 0)
+    counts = view_token_counts(config.projector, grids)
+    visual = sum(counts)
+    schema = num_schema_tokens(plan, config.image.layout, counts[0]) if separators else 0
+    positions = visual + text_tokens + schema
     return Cost(
         tower=tower_flops(config, grids, convention),
         projector=PROJECTOR_COSTS.get(config.projector.type).flops(config, grids, convention),

@@ -10,8 +10,9 @@ Sizes are ``(width, height)`` in pixels, grids ``(columns, rows)`` of slices, an
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from math import ceil, floor, log, sqrt
+from math import ceil, floor, isqrt, log, sqrt
 
 from llava_uhd.errors import UserError
 
@@ -255,14 +256,65 @@ def pool_bins(rows: int, columns: int) -> tuple[int, int]:
     return best[1], best[0]
 
 
-def num_schema_tokens(plan: SlicePlan) -> int:
-    """Separators in the text of one image: one after each slice."""
+def map_side(counts: Sequence[int]) -> int:
+    """Side of the square token map of every view, which the layout "rows" needs.
+
+    Example: ``map_side([144, 144])`` is 12.
+
+    Args:
+        counts: tokens of each view.
+
+    Raises:
+        UserError: the views do not all have the same square number of tokens.
+    """
+    side = isqrt(counts[0])
+    if side < 1 or any(count != side * side for count in counts):
+        raise UserError(
+            "image.layout 'rows' joins square token maps, but the projector gives the views "
+            f"{', '.join(str(count) for count in sorted(set(counts)))} tokens: set image.layout to "
+            "'slices', or choose a projector with a fixed square number of tokens per view"
+        )
+    return side
+
+
+def row_order(columns: int, rows: int, side: int) -> list[int]:
+    """Where each token of the joined map of all slices stands slice after slice.
+
+    The maps of the slices (``side`` x ``side`` tokens each) are joined as the slices lie in the
+    image, and the joined map is read row by row.
+
+    Example: two slices side by side with maps of 2 x 2: ``[0, 1, 4, 5, 2, 3, 6, 7]``.
+    """
+    return [
+        ((row * columns + column) * side + line) * side + place
+        for row in range(rows)
+        for line in range(side)
+        for column in range(columns)
+        for place in range(side)
+    ]
+
+
+def num_schema_tokens(plan: SlicePlan, layout: str = "slices", tokens_per_view: int = 0) -> int:
+    """Separators in the text of one image.
+
+    Args:
+        plan: of the image.
+        layout: "slices": one after each slice. "rows": one after each row of the joined token map,
+            and one before the overview.
+        tokens_per_view: a square number, for the layout "rows".
+
+    Example: a grid of 2 columns and 3 rows of 144 tokens: 6, or ``3 * 12 + 1 = 37`` in rows.
+    """
+    if layout == "rows" and plan.grid is not None:
+        return plan.grid[1] * map_side([tokens_per_view]) + 1
     return plan.num_slices
 
 
-def num_image_positions(plan: SlicePlan, tokens_per_view: int) -> int:
+def num_image_positions(plan: SlicePlan, tokens_per_view: int, layout: str = "slices") -> int:
     """Positions that one image takes in the sequence, separators included.
 
-    Example: six slices of 144 tokens: ``7 * 144 + 6 = 1014``.
+    Example: six slices of 144 tokens: ``7 * 144 + 6 = 1014``; in a grid of 2 columns and 3 rows
+    and in the layout "rows": ``36 * (24 + 1) + 1 + 144 = 1045``.
     """
-    return plan.num_views * tokens_per_view + num_schema_tokens(plan)
+    visual = plan.num_views * tokens_per_view
+    return visual + num_schema_tokens(plan, layout, tokens_per_view)

@@ -18,7 +18,12 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from llava_uhd.config.model import LlavaUHDConfig
 from llava_uhd.language.decoder import decode, logits_at, supervised_loss
 from llava_uhd.model.generation import VocabularyLogitsProcessors, tidy_generation_config
-from llava_uhd.model.packing import placeholder_mask, repeat_rows, write_features
+from llava_uhd.model.packing import (
+    placeholder_mask,
+    repeat_rows,
+    sequence_order,
+    write_features,
+)
 from llava_uhd.projectors import build_projector
 from llava_uhd.vision.towers import VisionTower
 
@@ -81,29 +86,47 @@ class LlavaUHDForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return self.language_model.get_decoder()
 
     def get_image_features(
-        self, pixel_values: torch.Tensor, view_grids: torch.Tensor
+        self,
+        pixel_values: torch.Tensor,
+        view_grids: torch.Tensor,
+        image_grids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Encodes and projects packed views.
 
         Args:
             pixel_values: (P, 3 * p * p) packed patches.
             view_grids: (V, 2) integer (rows, columns).
+            image_grids: (I, 2) integer (columns, rows) of each image's slices, (0, 0) unsliced:
+                needed in the layout "rows".
 
         Returns:
-            (N, D) tokens of all views, in order.
+            (N, D) tokens of all images, in the order of the sequence.
+
+        Raises:
+            ValueError: ``image_grids`` are missing, or belong to other views.
         """
         features = self.vision_tower(pixel_values, view_grids)  # (P, C)
-        return self.projector(features, view_grids, pixel_values)
+        tokens = self.projector(features, view_grids, pixel_values)
+        if self.config.image.layout != "rows":
+            return tokens
+        if image_grids is None:
+            raise ValueError(
+                "image.layout 'rows' needs image_grids: pass all the processor returned"
+            )
+        order = sequence_order(image_grids, view_grids.shape[0], tokens.shape[0])
+        return tokens if order is None else tokens[order.to(tokens.device)]
 
     def _vision_anchor(self) -> torch.Tensor:
-        """Zero, connected to every tower and projector parameter, at the cost of one patch.
+        """Zero, connected to every tower and projector parameter, at the cost of four patches.
 
         A training batch without images still runs both modules once, so that gradients exist on
         every rank and sharded ranks make the same collective calls.
         """
         patch = self.config.vision_config.patch_size
-        pixels = torch.zeros(1, 3 * patch * patch, device=self.device)
-        tokens = self.get_image_features(pixels, torch.ones(1, 2, dtype=torch.long))
+        # An upsampler needs maps of at least 2 x 2.
+        pixels = torch.zeros(4, 3 * patch * patch, device=self.device)
+        one_view, unsliced = torch.tensor([[2, 2]]), torch.tensor([[0, 0]])
+        tokens = self.get_image_features(pixels, one_view, unsliced)
         return tokens.sum() * 0.0
 
     def embed(
@@ -112,6 +135,7 @@ class LlavaUHDForConditionalGeneration(PreTrainedModel, GenerationMixin):
         pixel_values: torch.Tensor | None = None,
         view_grids: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
+        image_grids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Embeds tokens and writes image tokens over the placeholders.
 
@@ -120,6 +144,7 @@ class LlavaUHDForConditionalGeneration(PreTrainedModel, GenerationMixin):
             pixel_values: (P, 3 * p * p), with ``view_grids`` (V, 2); or
             view_grids: see ``pixel_values``.
             image_features: (N, D) tokens that `get_image_features` gave before.
+            image_grids: see `get_image_features`.
 
         Returns:
             (B, T, D).
@@ -132,7 +157,7 @@ class LlavaUHDForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if image_features is None and pixel_values is not None:
             if view_grids is None:
                 raise ValueError("pixel_values need view_grids: pass all the processor returned")
-            image_features = self.get_image_features(pixel_values, view_grids)
+            image_features = self.get_image_features(pixel_values, view_grids, image_grids)
         if image_features is not None:
             return write_features(embeddings, mask, image_features.to(embeddings.device))
         # A decoding step holds one generated token, never a placeholder.
@@ -154,6 +179,7 @@ class LlavaUHDForConditionalGeneration(PreTrainedModel, GenerationMixin):
         inputs_embeds: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         view_grids: torch.Tensor | None = None,
+        image_grids: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
@@ -171,6 +197,7 @@ class LlavaUHDForConditionalGeneration(PreTrainedModel, GenerationMixin):
             inputs_embeds: instead of ``input_ids``.
             pixel_values: (P, 3 * p * p) packed patches of all images of the batch, row by row.
             view_grids: (V, 2) integer (rows, columns) of the views.
+            image_grids: see `get_image_features`.
             image_features: (N, D) instead of ``pixel_values``.
             labels: (B, T), -100 where nothing is learned; not shifted.
             logits_to_keep: last positions with logits, 0: all. None: all, or none with labels.
@@ -184,7 +211,9 @@ class LlavaUHDForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if (input_ids is None) == (inputs_embeds is None) or (input_ids is None and pictured):
             raise ValueError("pass either input_ids (with their images) or inputs_embeds (alone)")
         if input_ids is not None:
-            inputs_embeds = self.embed(input_ids, pixel_values, view_grids, image_features)
+            inputs_embeds = self.embed(
+                input_ids, pixel_values, view_grids, image_features, image_grids
+            )
         outputs = decode(
             self.language_model,
             inputs_embeds=inputs_embeds,
@@ -229,6 +258,7 @@ class LlavaUHDForConditionalGeneration(PreTrainedModel, GenerationMixin):
         pixel_values: torch.Tensor | None = None,
         view_grids: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
+        image_grids: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """The library's ``generate``; images are encoded once, whatever the number of beams.
@@ -238,6 +268,7 @@ class LlavaUHDForConditionalGeneration(PreTrainedModel, GenerationMixin):
             pixel_values: see `forward`.
             view_grids: see `forward`.
             image_features: see `forward`.
+            image_grids: see `get_image_features`.
             **kwargs: of ``transformers.GenerationMixin.generate``.
 
         Returns:
@@ -246,7 +277,9 @@ class LlavaUHDForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if image_features is None and pixel_values is not None:
             if view_grids is None:
                 raise ValueError("pixel_values need view_grids: pass all the processor returned")
-            image_features = self.get_image_features(pixel_values.to(self.device), view_grids)
+            image_features = self.get_image_features(
+                pixel_values.to(self.device), view_grids, image_grids
+            )
         if image_features is not None:
             kwargs["image_features"] = image_features
         return super().generate(inputs, **kwargs)

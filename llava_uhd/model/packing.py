@@ -1,8 +1,12 @@
-"""Writing image tokens over their placeholders."""
+"""Image tokens: their order in the sequence, and writing them over their placeholders."""
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
+
+from llava_uhd.images.geometry import map_side, row_order
 
 
 def placeholder_mask(input_ids: torch.Tensor, image_token_id: int | None) -> torch.Tensor:
@@ -37,6 +41,48 @@ def write_features(
             "was cut inside an image"
         )
     return embeddings.masked_scatter(mask.unsqueeze(-1), features.to(embeddings.dtype))
+
+
+@lru_cache(maxsize=256)
+def _image_order(columns: int, rows: int, tokens_per_view: int) -> torch.Tensor:
+    """int64 (N,): order of one image's tokens in the layout "rows", overview included."""
+    slices = row_order(columns, rows, map_side([tokens_per_view]))
+    return torch.tensor([*slices, *range(len(slices), len(slices) + tokens_per_view)])
+
+
+def sequence_order(
+    image_grids: torch.Tensor, num_views: int, num_tokens: int
+) -> torch.Tensor | None:
+    """Order in which the sequence of the layout "rows" takes the tokens of a projector.
+
+    Args:
+        image_grids: (I, 2) integer (columns, rows) of each image's slices, (0, 0) unsliced.
+        num_views: views of all images, slices and overviews.
+        num_tokens: tokens of all views, as many for each.
+
+    Returns:
+        int64 (num_tokens,) on the CPU: position in the sequence -> token of the projector. None
+        where no image is sliced: the tokens stay as they are.
+
+    Raises:
+        ValueError: the grids belong to another number of views.
+        UserError: the tokens of a view form no square map.
+    """
+    grids = [(columns, rows) for columns, rows in image_grids.tolist()]
+    wanted = sum(columns * rows + 1 for columns, rows in grids)
+    if wanted != num_views:
+        raise ValueError(
+            f"image_grids {grids} mean {wanted} views, but view_grids has {num_views}: pass all "
+            "the processor returned"
+        )
+    if not any(columns for columns, _ in grids):
+        return None
+    tokens = num_tokens // num_views
+    order, start = [], 0
+    for columns, rows in grids:
+        order.append(_image_order(columns, rows, tokens) + start)
+        start += (columns * rows + 1) * tokens
+    return torch.cat(order)
 
 
 def repeat_rows(features: torch.Tensor, mask: torch.Tensor, times: int) -> torch.Tensor:

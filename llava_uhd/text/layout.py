@@ -1,8 +1,11 @@
 """The spatial schema: what stands in the text where an image was.
 
-Slices in reading order, each followed by its separator (a comma inside a row, a newline at its
-end), then the overview. Separators are ordinary vocabulary tokens, so the whole layout is part of
-``input_ids`` and the model only overwrites the placeholders.
+Layout "slices": slices in reading order, each followed by its separator (a comma inside a row, a
+newline at its end), then the overview. Layout "rows": the token maps of the slices joined into one
+map, a newline after each of its rows, one more separator, then the overview.
+
+Separators are ordinary vocabulary tokens, so the whole layout is part of ``input_ids`` and the
+model only overwrites the placeholders.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llava_uhd.config.model import ImageConfig
 from llava_uhd.errors import UserError
-from llava_uhd.images.geometry import SlicePlan
+from llava_uhd.images.geometry import SlicePlan, map_side
 
 
 def single_token_id(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
@@ -42,12 +45,22 @@ def image_ids(plan: SlicePlan, counts: list[int], config: ImageConfig) -> list[i
 
     Returns:
         Example: a 2 x 1 grid of 144-token views gives 144 placeholders, a comma, 144 placeholders,
-        a newline, 144 placeholders: 434 ids.
+        a newline, 144 placeholders: 434 ids. In the layout "rows": 12 times 24 placeholders and a
+        newline, a comma, 144 placeholders: 445 ids.
+
+    Raises:
+        UserError: the layout is "rows" and the views have no square number of tokens.
     """
     placeholder, comma, newline = config.image_token_id, config.comma_id, config.newline_id
     if placeholder is None or comma is None or newline is None:
         raise ValueError("image.image_token_id, comma_id and newline_id must be set")
-    columns = plan.grid[0] if plan.grid else 1
+    columns, rows = plan.grid or (1, 0)
+    if config.layout == "rows":
+        side = map_side(counts)
+        joined = ([placeholder] * (columns * side) + [newline]) * (rows * side)
+        # As published, the overview is divided off by the separator that a first slice would have.
+        divider = [newline if columns == 1 else comma] if rows else []
+        return joined + divider + [placeholder] * counts[-1]
     ids: list[int] = []
     for index, count in enumerate(counts):
         ids += [placeholder] * count

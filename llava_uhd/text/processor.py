@@ -4,20 +4,36 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoProcessor, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 from llava_uhd.config.model import ImageConfig, LlavaUHDConfig, ProjectorConfig, make_part
 from llava_uhd.errors import UserError
-from llava_uhd.images.geometry import SlicePlan, num_image_positions
+from llava_uhd.images.geometry import SlicePlan, map_side, num_schema_tokens
 from llava_uhd.images.pixels import ImageSource, open_image, pack_views, remove_detail
 from llava_uhd.images.strategies import plan_image, prepared_size
 from llava_uhd.images.tokens import view_token_counts
 from llava_uhd.text.encoding import IGNORE_INDEX, Encoding, encode_spans
 from llava_uhd.text.layout import image_ids, single_token_id
 from llava_uhd.text.templates import IMAGE_MARKER, TEMPLATES, Span, Template, Turn
+
+
+class EncodedImage(NamedTuple):
+    """One image as the model reads it.
+
+    Attributes:
+        ids: in the text, placeholders and separators.
+        pixel_values: float32 (P, 3 * p * p) packed patches.
+        view_grids: int64 (V, 2) (rows, columns) of the views.
+        grid: (columns, rows) of the slices, (0, 0) unsliced.
+    """
+
+    ids: list[int]
+    pixel_values: torch.Tensor
+    view_grids: torch.Tensor
+    grid: tuple[int, int]
 
 
 class LlavaUHDProcessor(ProcessorMixin):
@@ -51,6 +67,9 @@ class LlavaUHDProcessor(ProcessorMixin):
         # Plain dicts, because the library writes these attributes to processor_config.json.
         self._image = make_part(ImageConfig, image_config, "image_config")
         self._projector = make_part(ProjectorConfig, projector_config, "projector_config")
+        if self._image.layout == "rows":
+            # Found before the first image: two views of different shape must have as many tokens.
+            map_side(view_token_counts(self._projector, [(4, 5), (3, 7)]))
         self.template_name = template_name
         self.image_token = IMAGE_MARKER
         super().__init__(tokenizer, chat_template=chat_template or self.template.chat_template)
@@ -116,7 +135,8 @@ class LlavaUHDProcessor(ProcessorMixin):
     @property
     def model_input_names(self) -> list[str]:
         """Keys that `__call__` may return."""
-        return ["input_ids", "attention_mask", "pixel_values", "view_grids"]
+        names = ["input_ids", "attention_mask", "pixel_values", "view_grids"]
+        return [*names, "image_grids"] if self._image.layout == "rows" else names
 
     def plan(self, width: int, height: int, overview_only: bool = False) -> SlicePlan:
         """Plan of the views of an image of this size."""
@@ -129,17 +149,13 @@ class LlavaUHDProcessor(ProcessorMixin):
         """
         plan = self.plan(width, height, overview_only)
         counts = view_token_counts(self._projector, plan.view_grids)
-        return sum(counts) + num_image_positions(plan, 0)
+        return sum(counts) + num_schema_tokens(plan, self._image.layout, counts[0])
 
     def encode_images(
         self, images: Sequence[ImageSource], overview_only: bool = False
-    ) -> tuple[list[list[int]], list[torch.Tensor], list[torch.Tensor]]:
-        """Plans, cuts and packs images.
-
-        Returns:
-            For each image its ids in the text, its patches (P, 3 * p * p) and view grids (V, 2).
-        """
-        ids, patches, grids = [], [], []
+    ) -> list[EncodedImage]:
+        """Plans, cuts and packs images, each on its own."""
+        encoded = []
         for source in images:
             if isinstance(source, str) and source.startswith(("http://", "https://")):
                 raise UserError(
@@ -154,11 +170,22 @@ class LlavaUHDProcessor(ProcessorMixin):
             unprepared = dataclasses.replace(self._image, long_side=None)
             plan = plan_image(unprepared, *size, overview_only)
             counts = view_token_counts(self._projector, plan.view_grids)
-            ids.append(image_ids(plan, counts, self._image))
+            ids = image_ids(plan, counts, self._image)
             pixels, view_grids = pack_views(image, plan, *self._image.normalisation)
-            patches.append(pixels)
-            grids.append(view_grids)
-        return ids, patches, grids
+            encoded.append(EncodedImage(ids, pixels, view_grids, plan.grid or (0, 0)))
+        return encoded
+
+    def _vision_inputs(self, images: Sequence[EncodedImage]) -> dict[str, torch.Tensor]:
+        """What the model reads of images, one after another; empty without an image."""
+        if not images:
+            return {}
+        inputs = {
+            "pixel_values": torch.cat([image.pixel_values for image in images]),
+            "view_grids": torch.cat([image.view_grids for image in images]),
+        }
+        if self._image.layout == "rows":
+            inputs["image_grids"] = torch.tensor([image.grid for image in images])
+        return inputs
 
     def __call__(
         self,
@@ -187,7 +214,8 @@ class LlavaUHDProcessor(ProcessorMixin):
 
         Returns:
             ``input_ids`` and ``attention_mask`` int64 (B, T); with images also ``pixel_values``
-            float32 (P, 3 * p * p) and ``view_grids`` int64 (V, 2).
+            float32 (P, 3 * p * p) and ``view_grids`` int64 (V, 2); in the layout "rows" also
+            ``image_grids`` int64 (I, 2): (columns, rows) of each image's slices, (0, 0) unsliced.
 
         Raises:
             UserError: markers and images differ in number, or an image cannot be read.
@@ -198,18 +226,16 @@ class LlavaUHDProcessor(ProcessorMixin):
             raise UserError("this model reads images only, not videos: pass frames as images")
         texts = [text] if isinstance(text, str) else list(text)
         per_text = self._share_images(texts, images)
-        encodings, patches, grids = [], [], []
+        encodings = []
+        pictures: list[EncodedImage] = []
         for one, members in zip(texts, per_text, strict=True):
-            ids, pixels, view_grids = self.encode_images(members, overview_only)
-            encoding = encode_spans(self.tokenizer, [Span(one)], ids)
+            found = self.encode_images(members, overview_only)
+            encoding = encode_spans(self.tokenizer, [Span(one)], [image.ids for image in found])
             if not add_special_tokens and encoding.input_ids[:1] == [self.tokenizer.bos_token_id]:
                 encoding.input_ids = encoding.input_ids[1:]
             encodings.append(encoding)
-            patches += pixels
-            grids += view_grids
-        data = self._pad(encodings, padding, padding_side)
-        if patches:
-            data |= {"pixel_values": torch.cat(patches), "view_grids": torch.cat(grids)}
+            pictures += found
+        data = self._pad(encodings, padding, padding_side) | self._vision_inputs(pictures)
         if return_tensors is None:
             return BatchFeature(data)
         return BatchFeature(data, tensor_type=return_tensors)
@@ -267,8 +293,9 @@ class LlavaUHDProcessor(ProcessorMixin):
             overlong: see `Encoding.cut`.
 
         Returns:
-            ``input_ids`` and ``labels`` int64 (T,), with images ``pixel_values`` and
-            ``view_grids``; ``num_visual_tokens``, ``dropped_images``, ``truncated_tokens`` ints.
+            ``input_ids`` and ``labels`` int64 (T,), with images ``pixel_values``, ``view_grids``
+            and, in the layout "rows", ``image_grids``; ``num_visual_tokens``, ``dropped_images``,
+            ``truncated_tokens`` ints.
 
         Raises:
             UserError: turns, markers or length do not fit.
@@ -276,24 +303,21 @@ class LlavaUHDProcessor(ProcessorMixin):
         if overlong not in ("error", "drop"):
             raise UserError(f"data.overlong must be 'error' or 'drop', got {overlong!r}")
         spans = self.template.spans(turns)
-        ids, patches, grids = self.encode_images(images, overview_only)
-        encoding = encode_spans(self.tokenizer, spans, ids)
+        pictures = self.encode_images(images, overview_only)
+        encoding = encode_spans(self.tokenizer, spans, [image.ids for image in pictures])
         truncated = dropped = 0
         if max_length is not None:
             truncated, dropped = encoding.cut(max_length, overlong)
-        kept = len(encoding.runs)
+        pictures = pictures[: len(encoding.runs)]
         placeholder = int(self._image.image_token_id or 0)
         sample: dict[str, Any] = {
             "input_ids": torch.tensor(encoding.input_ids, dtype=torch.long),
             "labels": torch.tensor(encoding.labels, dtype=torch.long),
-            "num_visual_tokens": sum(row.count(placeholder) for row in ids[:kept]),
+            "num_visual_tokens": sum(image.ids.count(placeholder) for image in pictures),
             "dropped_images": dropped,
             "truncated_tokens": truncated,
         }
-        if kept:
-            sample["pixel_values"] = torch.cat(patches[:kept])
-            sample["view_grids"] = torch.cat(grids[:kept])
-        return sample
+        return sample | self._vision_inputs(pictures)
 
 
 AutoProcessor.register(LlavaUHDConfig, LlavaUHDProcessor)
