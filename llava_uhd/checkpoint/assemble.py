@@ -29,6 +29,7 @@ from llava_uhd.config.training import ModelSection
 from llava_uhd.errors import UserError
 from llava_uhd.model.modeling import LlavaUHDForConditionalGeneration
 from llava_uhd.text.processor import LlavaUHDProcessor
+from llava_uhd.text.templates import TEMPLATES
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +102,32 @@ def assemble(
     else:
         made = _from_parts(section, dtype, demo_tokenizer)
     made.model.config.compression = compression
+    _end_answers(made)
     return made
+
+
+def _end_answers(made: Assembled) -> None:
+    """Generation also ends at the token that ends the template's answers.
+
+    Some language models (Qwen2 without "Instruct") know it but do not name it as an end. A mark
+    that the tokenizer spells out in several tokens is told.
+    """
+    template, tokenizer = made.processor.template, made.processor.tokenizer
+    single = tokenizer.get_added_vocab()
+    for mark in template.special_tokens:
+        if mark not in single:
+            logger.warning(
+                "template %s: the tokenizer has no token %s", made.processor.template_name, mark
+            )
+    settings = made.model.generation_config
+    if settings is None:
+        return
+    ends = settings.eos_token_id
+    ends = list(ends) if isinstance(ends, list) else [] if ends is None else [ends]
+    ends += [
+        single[stop] for stop in template.stop_strings if single.get(stop) not in (None, *ends)
+    ]
+    settings.eos_token_id = ends if len(ends) > 1 else ends[0] if ends else None
 
 
 def _from_checkpoint(section: ModelSection, dtype: torch.dtype) -> Assembled:
@@ -306,6 +332,10 @@ def _language_part(
             tokenizer = demo_tokenizer()
         else:
             raise UserError("model.tokenizer is missing: a new language model needs one")
+        marks = list(TEMPLATES.get(section.template).special_tokens)
+        tokenizer.add_special_tokens(
+            {"additional_special_tokens": marks}, replace_extra_special_tokens=False
+        )
         ids = {
             "vocab_size": len(tokenizer),
             "bos_token_id": tokenizer.bos_token_id,

@@ -54,6 +54,11 @@ class Template(Protocol):
         """Texts that end an answer beside the end-of-sequence token."""
         ...
 
+    @property
+    def special_tokens(self) -> tuple[str, ...]:
+        """Marks that must be tokens of their own; a new tokenizer gets them."""
+        ...
+
     def spans(self, turns: Sequence[Turn], *, generate: bool = False) -> list[Span]:
         """Renders a conversation.
 
@@ -105,6 +110,7 @@ class PlainTemplate:
     """
 
     stop_strings: tuple[str, ...] = ("\n",)
+    special_tokens: tuple[str, ...] = ()
     chat_template: str = (
         "{%- for message in messages -%}"
         "{%- if message['role'] == 'assistant' -%}"
@@ -148,12 +154,14 @@ class TwoSeparatorTemplate:
         user: name of the asking role.
         assistant: name of the answering role.
         end: closes an answer; the tokenizer's end-of-sequence token.
+        special_tokens: see `Template`.
     """
 
     system: str
     user: str = "USER"
     assistant: str = "ASSISTANT"
     end: str = "</s>"
+    special_tokens: tuple[str, ...] = ()
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -212,14 +220,24 @@ class ChatMLTemplate:
         """The end token as text."""
         return (self.end,)
 
+    @property
+    def answer_head(self) -> str:
+        """What stands before an answer."""
+        return f"{self.start}assistant\n"
+
+    @property
+    def special_tokens(self) -> tuple[str, ...]:
+        """Start and end of a turn."""
+        return self.start, self.end
+
     def spans(self, turns: Sequence[Turn], *, generate: bool = False) -> list[Span]:
         """See `Template.spans`."""
         check_alternation(turns, generate=generate)
         spans = [Span(f"{self.start}system\n{self.system}{self.end}\n")]
         for turn in turns:
             if turn.role == "human":
-                asked = f"{self.start}user\n{turn.text}{self.end}\n"
-                spans.append(Span(f"{asked}{self.start}assistant\n"))
+                spans.append(Span(f"{self.start}user\n{turn.text}{self.end}\n"))
+                spans.append(Span(self.answer_head))
             else:
                 spans += [Span(f"{turn.text}{self.end}", learn=True), Span("\n")]
         return spans
