@@ -166,8 +166,8 @@ def test_published_to_ours_and_back(expected: Parts, published: Path, tmp_path: 
     assert not loaded[0].config.image.bounded and loaded[1].template_name == "v1"
     stored = load_file(published / "model.safetensors")
     names = expected[0].state_dict().keys()
-    assert {published_key(name) for name in names} <= stored.keys()
-    assert {our_key(UHD_V1, key, 2) for key in stored} - {None} == set(names)
+    assert {published_key(name, expected[0].config) for name in names} <= stored.keys()
+    assert {our_key(UHD_V1, key, expected[0].config) for key in stored} - {None} == set(names)
 
 
 def test_tower_of_our_checkpoint_can_be_replaced(

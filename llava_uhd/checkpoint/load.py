@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers import BitsAndBytesConfig, GenerationConfig, PreTrainedTokenizerBase
 
 from llava_uhd.checkpoint.manifest import read_manifest
 from llava_uhd.checkpoint.parts import (
+    PUBLISHED_PROJECTOR_FILE,
     find_projector,
     quiet_library,
     read_language_config,
     read_language_model,
+    read_model_config,
     read_projector,
     read_tokenizer,
     read_tower,
@@ -28,16 +29,19 @@ from llava_uhd.checkpoint.published import (
     find_tower,
     our_state,
     tower_config_by_name,
-    tower_depth,
 )
+from llava_uhd.checkpoint.published.values import VDIM_KEYS
 from llava_uhd.checkpoint.sources import resolve_folder
+from llava_uhd.checkpoint.vdim import UPSAMPLER_PREFIX, read_vdim
 from llava_uhd.checkpoint.weights import (
     Tensors,
     check_state,
     first_line,
     read_folder,
     read_json,
+    read_tensors,
     weight_files,
+    weight_names,
 )
 from llava_uhd.config.model import LlavaUHDConfig
 from llava_uhd.errors import UserError
@@ -47,6 +51,7 @@ from llava_uhd.model.modeling import LlavaUHDForConditionalGeneration
 from llava_uhd.text.processor import LlavaUHDProcessor
 
 Loaded = tuple[LlavaUHDForConditionalGeneration, LlavaUHDProcessor]
+Opened = tuple[LlavaUHDConfig, Tensors, LlavaUHDProcessor]
 
 
 def load_pretrained(
@@ -61,8 +66,9 @@ def load_pretrained(
     """Loads a model and its processor.
 
     Args:
-        path: folder or hub id: one of ours, a published LLaVA-UHD v1 checkpoint, or a folder with
-            only a projector (then the language model comes from ``base``).
+        path: folder or hub id: one of ours, a published LLaVA-UHD checkpoint (v1, or v2 in either
+            dialect), or a folder with only a projector (then the language model comes from
+            ``base``).
         base: language model of a projector-only folder.
         vision_tower: folder or hub id whose tower replaces the checkpoint's own.
         dtype: of the parameters; None means float32.
@@ -77,19 +83,9 @@ def load_pretrained(
         UserError: missing files, unknown layout, or weights that do not fit; one line each.
     """
     folder = resolve_folder(path, "model")
-    config = read_json(folder / "config.json")
-    if config.get("model_type") == "llava_uhd":
-        ours, state, processor = _open_ours(folder, base, vision_tower)
-    else:
-        layout = find_layout(config)
-        if layout is None:
-            raise UserError(
-                f"{folder}/config.json has model_type '{config.get('model_type')}' and projector "
-                f"'{config.get('mm_projector_type')}': not a LLaVA-UHD model that loads here"
-            )
-        ours, state, processor = _open_published(folder, config, layout, base, vision_tower)
+    config, state, processor = open_checkpoint(folder, base, vision_tower)
     model = build_model(
-        ours,
+        config,
         state,
         what=f"checkpoint {folder}",
         dtype=dtype,
@@ -99,6 +95,44 @@ def load_pretrained(
     )
     _set_generation(model, processor.tokenizer, folder / "generation_config.json")
     return model.eval(), processor
+
+
+def open_checkpoint(
+    folder: Path, base: str | Path | None = None, vision_tower: str | Path | None = None
+) -> Opened:
+    """What `load_pretrained` builds a model from.
+
+    Args:
+        folder: see ``path`` there.
+        base: see `load_pretrained`.
+        vision_tower: see `load_pretrained`.
+
+    Returns:
+        The configuration, the weights under the model's names, and the processor.
+
+    Raises:
+        UserError: see `load_pretrained`.
+    """
+    values = read_json(folder / "config.json")
+    if values.get("model_type") == "llava_uhd":
+        return _open_ours(folder, base, vision_tower)
+    names = stored_names(folder)
+    layout = find_layout(values, names)
+    if layout is None:
+        raise UserError(
+            f"{folder}/config.json has model_type '{values.get('model_type')}' and projector "
+            f"'{values.get('mm_projector_type')}': not a LLaVA-UHD model that loads here"
+        )
+    return _open_published(folder, values, layout, base, vision_tower)
+
+
+def stored_names(folder: Path) -> list[str]:
+    """Names of the weights of a checkpoint folder, or of its projector file; may be empty."""
+    names = weight_names(folder)
+    projector = folder / PUBLISHED_PROJECTOR_FILE
+    if not names and projector.is_file():
+        names = [key for key, _ in read_tensors(projector)]
+    return names
 
 
 def build_model(
@@ -192,10 +226,8 @@ def _quantization_config(quantization: str, dtype: torch.dtype) -> BitsAndBytesC
     raise UserError(f"quantization '{quantization}' is not one of 4bit, 8bit")
 
 
-def _open_ours(
-    folder: Path, base: str | Path | None, vision_tower: str | Path | None
-) -> tuple[LlavaUHDConfig, Tensors, LlavaUHDProcessor]:
-    config = _read_our_config(folder)
+def _open_ours(folder: Path, base: str | Path | None, vision_tower: str | Path | None) -> Opened:
+    config = read_model_config(folder)
     # Without this file the library would make a processor with default settings.
     read_json(folder / "processor_config.json")
     try:
@@ -219,24 +251,13 @@ def _open_ours(
     return config, state, processor
 
 
-def _read_our_config(folder: Path) -> LlavaUHDConfig:
-    try:
-        config = LlavaUHDConfig.from_pretrained(folder)
-    except UserError as error:
-        raise UserError(f"{folder}/config.json: {error}") from error
-    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
-        raise UserError(f"{folder}/config.json is not usable ({first_line(error)})") from error
-    config.dtype = None
-    return config
-
-
 def _open_published(
     folder: Path,
     values: dict[str, Any],
     layout: Layout,
     base: str | Path | None,
     vision_tower: str | Path | None,
-) -> tuple[LlavaUHDConfig, Tensors, LlavaUHDProcessor]:
+) -> Opened:
     """Configuration, weights under our names, and processor of a published folder."""
     weights = read_folder(folder) if weight_files(folder) else {}
     if vision_tower is not None:
@@ -247,12 +268,11 @@ def _open_published(
     if vision is None:
         raise UserError(
             f"{folder}: its vision tower '{values.get('mm_vision_tower')}' is not here: pass "
-            "vision_tower=FOLDER (a CLIP folder of transformers)"
+            "vision_tower=FOLDER (a CLIP or SigLIP folder of transformers)"
         )
-    config = layout.make_config(values, vision)
-    depth = tower_depth(config)
+    config = layout.make_config(values, vision, list(weights) or stored_names(folder))
     try:
-        state = our_state(layout, weights, depth)
+        state = our_state(layout, weights, config)
     except UserError as error:
         raise UserError(f"checkpoint {folder}: {error}") from None
     if not weights:
@@ -264,6 +284,7 @@ def _open_published(
             )
         state = read_language_model(resolve_folder(base, "language model"))
         state |= read_projector(folder, config)
+    state |= _recorded_upsampler(folder, values, config, state)
     if vision_tower is not None or not any(key.startswith(VISION_PREFIX) for key in weights):
         if tower is None:
             raise UserError(
@@ -274,6 +295,26 @@ def _open_published(
     source = folder if _has_tokenizer(folder) or base is None else Path(base)
     processor = LlavaUHDProcessor.from_parts(read_tokenizer(source), config)
     return config, state, processor
+
+
+def _recorded_upsampler(
+    folder: Path, values: dict[str, Any], config: LlavaUHDConfig, state: Tensors
+) -> Tensors:
+    """The upsampler of a projector that lacks it, from the file that its configuration names."""
+    scale = max(config.projector.scales)
+    if scale == 1 or any(key.startswith(UPSAMPLER_PREFIX) for key in state):
+        return {}
+    recorded = next((str(values[key]) for key in VDIM_KEYS if values.get(key)), None)
+    if recorded is None:
+        return {}
+    for path in (folder / recorded, Path(recorded)):
+        if path.exists():
+            stack = read_vdim(path, config.vision_config.hidden_size, scale)
+            return {f"{UPSAMPLER_PREFIX}{key}": tensor for key, tensor in stack.items()}
+    raise UserError(
+        f"{folder} holds no upsampler, and '{recorded}', which its config.json names, is not here: "
+        "put the file there"
+    )
 
 
 def _has_tokenizer(folder: Path) -> bool:

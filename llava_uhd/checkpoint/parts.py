@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as library_logging
 
+from llava_uhd.checkpoint.projector_names import our_projector_key
 from llava_uhd.checkpoint.weights import (
     Tensors,
     first_line,
@@ -143,16 +144,36 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def read_model_config(folder: Path) -> LlavaUHDConfig:
+    """Configuration of a folder of ours, without its storage dtype.
+
+    Raises:
+        UserError: its ``config.json`` is missing or not usable.
+    """
+    read_json(folder / "config.json")
+    try:
+        config = LlavaUHDConfig.from_pretrained(folder)
+    except UserError as error:
+        raise UserError(f"{folder}/config.json: {error}") from error
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+        raise UserError(f"{folder}/config.json is not usable ({first_line(error)})") from error
+    config.dtype = None
+    return config
+
+
 def projector_facts(config: LlavaUHDConfig) -> dict[str, Any]:
     """What a projector file must agree on with the model it is loaded into."""
     options: ProjectorConfig = config.projector
-    return {
+    facts = {
         "type": options.type,
         "num_queries": options.num_queries,
         "vision_width": config.vision_config.hidden_size,
         "width": config.hidden_size,
         "select_layer": config.select_layer,
     }
+    if options.type == "hiwin":
+        facts["scales"] = list(options.scales)
+    return facts
 
 
 def save_projector(path: Path, state: Tensors, config: LlavaUHDConfig) -> None:
@@ -178,7 +199,8 @@ def save_projector(path: Path, state: Tensors, config: LlavaUHDConfig) -> None:
 def find_projector(path: Path) -> Path:
     """Projector file of a first-stage output folder, or the file itself.
 
-    A folder that holds a whole model of ours is returned as it is: the projector is in it.
+    A folder that holds a whole model, ours or published, is returned as it is: the projector is in
+    it.
 
     Raises:
         UserError: there is none.
@@ -188,9 +210,10 @@ def find_projector(path: Path) -> Path:
     for name in (PROJECTOR_FILE, PUBLISHED_PROJECTOR_FILE):
         if (path / name).is_file():
             return path / name
-    files = weight_files(path) if path.is_dir() else []
-    if files and read_json(path / "config.json").get("model_type") == "llava_uhd":
-        return path
+    if path.is_dir() and weight_files(path):
+        values = read_json(path / "config.json")
+        if values.get("model_type") == "llava_uhd" or "mm_projector_type" in values:
+            return path
     raise UserError(
         f"{path} has no projector ({PROJECTOR_FILE} or {PUBLISHED_PROJECTOR_FILE}): run the first "
         "stage (bash pretrain.sh), or set model.projector_file to its output folder"
@@ -205,17 +228,30 @@ def read_projector(path: Path, config: LlavaUHDConfig) -> Tensors:
     """
     file = find_projector(path)
     if file.is_dir():
-        _check_facts(file, projector_facts(LlavaUHDConfig.from_pretrained(file)), config)
-        tensors = read_folder(file)
-        return {key: value for key, value in tensors.items() if key.startswith("projector.")}
-    # Published files: model.mm_projector.<name>.
-    state = {
-        f"projector.{key.split('mm_projector.')[-1]}": tensor for key, tensor in read_tensors(file)
-    }
-    if file.suffix == ".safetensors":
-        with safe_open(file, framework="pt") as opened:
-            facts = json.loads((opened.metadata() or {}).get("llava_uhd_projector", "{}"))
-        _check_facts(file, facts, config)
+        if read_json(file / "config.json").get("model_type") == "llava_uhd":
+            _check_facts(file, projector_facts(read_model_config(file)), config)
+            return read_folder(file, lambda key: key.startswith("projector."))
+        return _published_projector(
+            read_folder(file, lambda key: key.startswith("model.mm_projector.")), config
+        )
+    tensors = dict(read_tensors(file))
+    if file.suffix != ".safetensors":
+        return _published_projector(tensors, config)
+    with safe_open(file, framework="pt") as opened:
+        facts = json.loads((opened.metadata() or {}).get("llava_uhd_projector", "{}"))
+    _check_facts(file, facts, config)
+    if any("mm_projector." in key for key in tensors):
+        return _published_projector(tensors, config)
+    return {f"projector.{key}": tensor for key, tensor in tensors.items()}
+
+
+def _published_projector(tensors: Tensors, config: LlavaUHDConfig) -> Tensors:
+    """Published projector weights (``model.mm_projector.*``) under the model's names."""
+    state: Tensors = {}
+    for key, tensor in tensors.items():
+        ours = our_projector_key(key.rpartition("mm_projector.")[2], config.projector)
+        if ours is not None:
+            state[f"projector.{ours}"] = tensor
     return state
 
 

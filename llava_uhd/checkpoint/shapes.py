@@ -9,9 +9,14 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from llava_uhd.checkpoint.assemble import overlay
-from llava_uhd.checkpoint.parts import read_language_config, read_tower_config
+from llava_uhd.checkpoint.load import stored_names
+from llava_uhd.checkpoint.parts import (
+    read_language_config,
+    read_model_config,
+    read_tower_config,
+)
 from llava_uhd.checkpoint.published import (
-    CLIP_L_336,
+    KNOWN_TOWERS,
     find_layout,
     find_tower,
     tower_config_by_name,
@@ -20,20 +25,6 @@ from llava_uhd.checkpoint.weights import read_json
 from llava_uhd.config.model import CompressionConfig, ImageConfig, LlavaUHDConfig, make_config
 from llava_uhd.config.training import Recipe
 from llava_uhd.errors import UserError
-
-# Last part of a folder or hub name -> shape, for folders that are not here.
-KNOWN_TOWERS: dict[str, dict[str, Any]] = {
-    "clip-vit-large-patch14-336": {"model_type": "clip_vision_model", **CLIP_L_336},
-    "siglip-so400m-patch14-384": {
-        "model_type": "siglip_vision_model",
-        "hidden_size": 1152,
-        "intermediate_size": 4304,
-        "num_hidden_layers": 27,
-        "num_attention_heads": 16,
-        "image_size": 384,
-        "patch_size": 14,
-    },
-}
 
 
 def _llama(width: int, mlp_width: int, layers: int, heads: int) -> dict[str, Any]:
@@ -137,19 +128,21 @@ def describe_checkpoint(path: str | Path) -> LlavaUHDConfig:
         )
     values = read_json(folder / "config.json")
     if values.get("model_type") == "llava_uhd":
-        return LlavaUHDConfig.from_pretrained(folder)
-    layout = find_layout(values)
+        return read_model_config(folder)
+    names = stored_names(folder)
+    layout = find_layout(values, names)
     tower = find_tower(values, folder)
     vision = read_tower_config(tower) if tower else tower_config_by_name(values)
     if layout is None or vision is None:
         raise UserError(f"{folder}/config.json does not describe a model that can be loaded here")
-    return layout.make_config(values, vision)
+    return layout.make_config(values, vision, names)
 
 
 def known_model(
     language_model: str,
     num_queries: int | None,
     tower: str = "clip-vit-large-patch14-336",
+    scales: tuple[int, ...] | None = None,
 ) -> LlavaUHDConfig:
     """A published combination by name.
 
@@ -158,12 +151,21 @@ def known_model(
         num_queries: of the spatially constrained resampler (LLaVA-UHD); None for one square view
             and two linear layers on its patches (LLaVA-1.5).
         tower: key of `KNOWN_TOWERS`.
+        scales: of the multi-scale projector (LLaVA-UHD v2), which then takes the resampler's place.
     """
-    square = num_queries is None
+    vision = known_shape(tower, KNOWN_TOWERS, "vision tower")
+    projector: dict[str, Any] = {"type": "mlp2x_gelu"}
+    if num_queries is not None:
+        projector = {"num_queries": num_queries}
+        if scales is not None:
+            projector |= {"type": "hiwin", "scales": scales}
     return LlavaUHDConfig(
-        vision_config=known_shape(tower, KNOWN_TOWERS, "vision tower"),
+        vision_config=vision,
         text_config=known_shape(language_model, KNOWN_LANGUAGE_MODELS, "language model"),
-        image=ImageConfig(strategy="squeeze" if square else "slices"),
-        projector={"type": "mlp2x_gelu"} if square else {"num_queries": num_queries},
+        image=ImageConfig(
+            strategy="squeeze" if num_queries is None else "slices",
+            scale_resolution=vision.image_size,
+        ),
+        projector=projector,
         compression=CompressionConfig(),
     )

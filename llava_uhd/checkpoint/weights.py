@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -89,20 +91,33 @@ def read_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _read_binary(path: Path) -> Tensors:
-    try:
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:
-            # Files of the old torch format cannot be mapped.
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged pickle can fail in any way at all
-        raise UserError(
-            f"{path} cannot be read as weights: it is damaged, or holds more than tensors, which "
-            "is never loaded"
-        ) from error
+    state = load_restricted(path)
     if not isinstance(state, dict) or not all(torch.is_tensor(x) for x in state.values()):
         raise UserError(f"{path} does not hold a plain dictionary of tensors")
     return state
+
+
+def load_restricted(path: Path) -> Any:
+    """What a pickled torch file holds, as long as that is tensors and plain Python values.
+
+    Nothing else is ever built from a file.
+
+    Raises:
+        UserError: damaged file, or one that holds other objects; the first one is named.
+    """
+    try:
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:
+            # Files of the old torch format cannot be mapped.
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged pickle can fail in any way at all
+        foreign = re.search(r"GLOBAL ([\w.]+)", str(error))
+        more = f" ({foreign.group(1)})" if foreign else ""
+        raise UserError(
+            f"{path} cannot be read as weights: it is damaged, or holds more than tensors{more}, "
+            "which is never loaded"
+        ) from error
 
 
 def first_line(error: Exception) -> str:
@@ -110,8 +125,12 @@ def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def read_folder(folder: Path) -> Tensors:
-    """All tensors of a checkpoint folder.
+def read_folder(folder: Path, wanted: Callable[[str], bool] | None = None) -> Tensors:
+    """Tensors of a checkpoint folder.
+
+    Args:
+        folder: with one weight file or an index of several.
+        wanted: of a name; None takes all tensors.
 
     Raises:
         UserError: no weight file.
@@ -119,7 +138,31 @@ def read_folder(folder: Path) -> Tensors:
     files = weight_files(folder)
     if not files:
         raise UserError(f"{folder} has no weights (looked for {', '.join(_CANDIDATES)})")
-    return {key: tensor for file in files for key, tensor in read_tensors(file)}
+    return {
+        key: tensor
+        for file in files
+        for key, tensor in read_tensors(file)
+        if wanted is None or wanted(key)
+    }
+
+
+def weight_names(folder: Path) -> list[str]:
+    """Names of all weights of a checkpoint folder, without reading them; empty if it has none.
+
+    Raises:
+        UserError: damaged files.
+    """
+    names: list[str] = []
+    for file in weight_files(folder):
+        if file.suffix != ".safetensors":
+            names += [key for key, _ in read_tensors(file)]
+            continue
+        try:
+            with safe_open(file, framework="pt") as opened:
+                names += opened.keys()
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file} cannot be read as weights ({first_line(error)})") from error
+    return names
 
 
 def check_state(
@@ -156,9 +199,9 @@ def check_state(
         if name in expected and tuple(tensor.shape) != expected[name]
     ]
     problems = [
-        _listing("missing weights", missing),
-        _listing("surplus weights", surplus),
-        _listing("other shapes", shapes),
+        listing("missing weights", missing),
+        listing("surplus weights", surplus),
+        listing("other shapes", shapes),
     ]
     if any(problems):
         raise UserError(
@@ -166,7 +209,8 @@ def check_state(
         )
 
 
-def _listing(title: str, items: list[str], shown: int = 8) -> str:
+def listing(title: str, items: list[str], shown: int = 8) -> str:
+    """``2 TITLE: a, b``, at most ``shown`` of the items; an empty text without items."""
     if not items:
         return ""
     more = f" and {len(items) - shown} more" if len(items) > shown else ""

@@ -1,0 +1,116 @@
+"""Values that the configurations of all published layouts have in common, read and written."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from llava_uhd.checkpoint.published.layout import Values
+from llava_uhd.config.model import LlavaUHDConfig, make_config
+from llava_uhd.errors import UserError
+
+# Ids that the published slicing code writes for any tokenizer: Llama's comma and newline.
+COMMA_ID, NEWLINE_ID = 29892, 13
+
+# Language model of ours -> (published class, published model_type).
+FAMILIES = {
+    "llama": ("LlavaLlamaForCausalLM", "llava_llama"),
+    "qwen2": ("LlavaQwenForCausalLM", "llava_qwen"),
+}
+
+# Keys under which the two lineages and their scripts record the file of the pre-trained upsampler.
+VDIM_KEYS = ("jbu_vdim", "vdim_ckpt", "jbu_ckpt")
+
+_NOT_OF_THE_TEXT = {
+    *("model_type", "architectures", "torch_dtype", "dtype", "transformers_version"),
+    *("name_or_path", "_name_or_path", "_attn_implementation"),
+}
+
+
+def family(values: Values) -> str | None:
+    """Language model of a published configuration ("llama", "qwen2"), or None."""
+    for name, (architecture, model_type) in FAMILIES.items():
+        if (
+            architecture in (values.get("architectures") or [])
+            or values.get("model_type") == model_type
+        ):
+            return name
+    return None
+
+
+def check_common(values: Values) -> None:
+    """Raises UserError for recorded settings that mean another model."""
+    feature = values.get("mm_vision_select_feature", "patch")
+    if feature != "patch":
+        raise UserError(f"mm_vision_select_feature '{feature}' is not supported, only 'patch'")
+    if values.get("mm_use_im_start_end"):
+        raise UserError("mm_use_im_start_end is set: start and end tokens are not supported")
+
+
+def text_config(values: Values) -> PreTrainedConfig:
+    """Language-model part of a published configuration, without its storage dtype."""
+    model_type = family(values)
+    known = AutoConfig.for_model(model_type).to_dict().keys() | {"rope_theta", "rope_scaling"}
+    skipped = set(_NOT_OF_THE_TEXT)
+    # The published Qwen class takes no scaling; and the library warns of the old name even where it
+    # says nothing.
+    if values.get("rope_scaling") is None or model_type == "qwen2":
+        skipped.add("rope_scaling")
+    kept = {key: value for key, value in values.items() if key in known - skipped}
+    return make_config({**kept, "model_type": model_type}, "the language model's configuration")
+
+
+def separator(token: int, vocabulary: int) -> int | None:
+    """A hard-coded separator, or None (the tokenizer's own) where the vocabulary is too small."""
+    return token if token < vocabulary else None
+
+
+def first_stage(values: Values) -> bool:
+    """Whether only the projector learned: the checkpoint was trained on plain captions."""
+    return bool(values.get("tune_mm_mlp_adapter")) or values.get("mm_tunable_parts") == (
+        "mm_mlp_adapter"
+    )
+
+
+def text_values(config: LlavaUHDConfig) -> Values:
+    """Language-model part of a configuration as the published code reads it.
+
+    Raises:
+        UserError: no published layout has such a language model.
+    """
+    text = config.text_config
+    if text.model_type not in FAMILIES:
+        raise UserError(
+            f"a published layout has no '{text.model_type}' language model, only "
+            f"{', '.join(FAMILIES)}"
+        )
+    architecture, model_type = FAMILIES[text.model_type]
+    values: dict[str, Any] = {
+        key: value for key, value in text.to_dict().items() if key not in _NOT_OF_THE_TEXT
+    }
+    values.pop("layer_types", None)  # newer than the published code, and follows from the rest
+    rope = dict(values.pop("rope_parameters", None) or {})
+    values["rope_theta"] = rope.pop("rope_theta", 10000.0)
+    kind = rope.get("rope_type", "default")
+    values["rope_scaling"] = None if kind == "default" else {**rope, "type": kind}
+    return {**values, "architectures": [architecture], "model_type": model_type}
+
+
+def common_values(config: LlavaUHDConfig, tower: str) -> Values:
+    """What every published configuration records of tower and projector.
+
+    Args:
+        config: of the model.
+        tower: path or hub id of the vision tower.
+    """
+    return {
+        "mm_hidden_size": config.vision_config.hidden_size,
+        "mm_use_im_patch_token": False,
+        "mm_use_im_start_end": False,
+        "mm_vision_select_feature": "patch",
+        "mm_vision_select_layer": config.select_layer,
+        "mm_vision_tower": tower,
+        "tokenizer_padding_side": "right",
+        "use_mm_proj": True,
+    }
