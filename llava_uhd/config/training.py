@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Literal
 
-import yaml
-
 from llava_uhd.config.model import CompressionConfig, ImageConfig, ProjectorConfig
-from llava_uhd.config.schema import Flat, assign, build, flatten, leaf_types
+from llava_uhd.config.resolved import Resolved
+from llava_uhd.config.schema import Flat, build, leaf_types
 from llava_uhd.errors import UserError
 from llava_uhd.registry import nearest_hint
 
@@ -39,6 +38,8 @@ class ModelSection:
         upsampler_file: pre-trained upsampler (VDIM) of a multi-scale projector; it replaces what
             `projector_file` holds.
         template: registered conversation template.
+        template_mode: "clean" learns the answers; "faithful" learns what the published code of the
+            template learned, its oddities included.
         select_layer: hidden state of the tower that is used.
         projector: its configuration.
         image: how images are read. Token ids are filled from the tokenizer.
@@ -57,6 +58,7 @@ class ModelSection:
     projector_file: str | None = None
     upsampler_file: str | None = None
     template: str = "v1"
+    template_mode: Literal["clean", "faithful"] = "clean"
     select_layer: int = -2
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)
     image: ImageConfig = field(default_factory=ImageConfig)
@@ -237,7 +239,7 @@ class TrainerConfig:
 
 
 @dataclass
-class Recipe:
+class Recipe(Resolved):
     """A whole run. Made by `llava_uhd.config.recipe.load_recipe`.
 
     Attributes:
@@ -274,43 +276,25 @@ class Recipe:
         if self.model.checkpoint is None and self.model.language_model is None:
             raise UserError("model.language_model is missing (or give a whole model.checkpoint)")
 
-    @property
-    def output_dir(self) -> str:
-        """Output folder; runs of a debug size never share one with the real run."""
-        if self.trainer.output_dir is not None:
-            return self.trainer.output_dir
-        prefix = "debug/" if self.debug and not self.name.startswith("debug/") else ""
-        return f"checkpoints/{prefix}{self.name}"
-
     def to_dict(self) -> dict[str, Any]:
         """Plain nested form with every default filled in; `from_dict` reads it back.
 
         Over a whole checkpoint, settings of images and projector that the recipe does not make are
         left out: there the checkpoint's own count, not the defaults.
         """
-        values = _plain(dataclasses.asdict(self))
+        values = super().to_dict()
         given = values["model"].pop("given")
         if self.model.checkpoint is not None and given is not None:
             _keep_given(values["model"], given)
-        arguments = values["trainer"].pop("arguments")
-        values["trainer"] = {**values["trainer"], **arguments}
         return values
 
-    def to_yaml(self) -> str:
-        """The resolved recipe as YAML, itself a valid recipe."""
-        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=100)
-
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Recipe:
-        """Builds a recipe from the nested form.
+    def from_flat(cls, flat: Flat) -> Recipe:
+        """Builds a recipe from its dotted keys.
 
         Raises:
-            UserError: unknown key, wrong type or impossible value.
+            UserError: an impossible value.
         """
-        leaves = recipe_keys()
-        flat: Flat = {}
-        for key, value in flatten({"name": "unnamed", **values}, leaves).items():
-            assign(flat, key, value, leaves)
         return make_recipe(flat)
 
 
@@ -340,11 +324,3 @@ def _keep_given(model: dict[str, Any], given: list[str]) -> None:
         model[part] = {k: v for k, v in model[part].items() if f"{part}.{k}" in given}
     if "select_layer" not in given:
         model.pop("select_layer", None)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(each) for key, each in value.items()}
-    if isinstance(value, list | tuple | frozenset):
-        return [_plain(each) for each in value]
-    return value

@@ -103,6 +103,8 @@ class VdimConfig:
             None compares all channels.
         predicted_uncertainty: weigh errors by an uncertainty that a small net predicts.
         detach: later stages do not teach earlier ones (published).
+        reuse_maps: make the maps once per step, for all its views. The published code makes them
+            anew for each view; without dropout the gradients are the same.
         crf_weight: of the sampled conditional random field loss.
         crf_points: places that it compares.
         crf_jittered: show it the picture of the view whose features it judges. The published code
@@ -129,6 +131,7 @@ class VdimConfig:
     random_projection: int | None = 30
     predicted_uncertainty: bool = True
     detach: bool = False
+    reuse_maps: bool = True
     crf_weight: float = 0.001
     crf_points: int = 1000
     crf_jittered: bool = True

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_uhd.checkpoint.manifest import read_manifest, write_whole
-from llava_uhd.config.training import Recipe
+from llava_uhd.config.resolved import Resolved
 from llava_uhd.config.typed import load_yaml
 from llava_uhd.errors import UserError
 from llava_uhd.train.trainer import TRAINABLE_FILE
@@ -51,7 +51,7 @@ def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -
     return found
 
 
-def is_finished(recipe: Recipe) -> bool:
+def is_finished(recipe: Resolved) -> bool:
     """Whether this very run has written its result already.
 
     A run that left neither a result nor a checkpoint is forgotten: nothing of it would be mixed
@@ -74,7 +74,7 @@ def is_finished(recipe: Recipe) -> bool:
     return finished
 
 
-def prepare_output(recipe: Recipe) -> Path:
+def prepare_output(recipe: Resolved) -> Path:
     """Makes the output folder and writes the resolved recipe.
 
     Raises:

@@ -13,6 +13,7 @@ import torch
 from transformers import TrainingArguments
 
 from llava_uhd.config.recipe import recipes_root
+from llava_uhd.config.resolved import Resolved
 from llava_uhd.config.training import DEEPSPEED_NAMES, Recipe
 from llava_uhd.errors import UserError
 
@@ -74,7 +75,7 @@ def weight_dtype(recipe: Recipe, deepspeed: Path | None) -> torch.dtype:
     return torch.bfloat16 if half and deepspeed is not None else torch.float32
 
 
-def training_arguments(recipe: Recipe, deepspeed: Path | None) -> TrainingArguments:
+def training_arguments(recipe: Resolved, deepspeed: Path | None) -> TrainingArguments:
     """The library's arguments; what the machine lacks is switched off with a line in the log.
 
     Raises:

@@ -66,6 +66,7 @@ class AttentionDownsampler(nn.Module):
         """Almost equal weights in a window."""
         init.normal_(self.w, mean=1.0, std=0.01)
         init.normal_(self.b, std=0.01)
+        self.attention_net[1].reset_parameters()
 
     def pixel_logits(self, maps: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) to (B, 1, H, W): how much each pixel asks to be looked at."""

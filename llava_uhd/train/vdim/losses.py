@@ -38,7 +38,7 @@ def crf_loss(
 
     Args:
         guidance: (B, 3, H, W) normalised pictures.
-        features: (B, D, H, W) maps.
+        features: (B, D, N) features of the points, or (B, D, H, W) maps.
         points: int64 (2, N) rows and columns of the compared places, for the whole batch.
         rule: constants.
 
@@ -47,18 +47,18 @@ def crf_loss(
     """
     rule = rule or CrfRule()
     rows, columns = points
+    if features.ndim == 4:
+        features = features[:, :, rows, columns]
     height, width = guidance.shape[-2:]
     scale = torch.tensor([height, width], device=guidance.device, dtype=torch.float32)
-    places = points.T.float() / scale  # (N, 2)
-    apart = _squared_distances(places[None])  # (1, N, N)
+    apart = _squared_distances((points.T.float() / scale)[None])  # (1, N, N)
     colours = _squared_distances(guidance.float()[:, :, rows, columns].transpose(1, 2))
     similar = (
         rule.w1 * torch.exp(-apart / (2 * rule.alpha) - colours / (2 * rule.beta))
         + rule.w2 * torch.exp(-apart / (2 * rule.gamma))
         - rule.shift
     )
-    different = _squared_distances(features.float()[:, :, rows, columns].transpose(1, 2))
-    return (different * similar).mean()
+    return (_squared_distances(features.float().transpose(1, 2)) * similar).mean()
 
 
 def _squared_distances(rows: torch.Tensor) -> torch.Tensor:
