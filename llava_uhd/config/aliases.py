@@ -3,122 +3,40 @@
 Flags that are fields of transformers' ``TrainingArguments`` need no entry: they go to the trainer
 section as they are. Everything else that a published command may carry stands in `ALIASES`: with
 the key that means the same, with a translation where the values differ too, or as accepted but
-without effect, with the reason.
+without effect, with the reason. Here stand the flags of LLaVA 1.5 and LLaVA-UHD v1; those that
+LLaVA-UHD v2 adds stand in `llava_uhd.config.aliases_uhd_v2`.
 """
 
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
+from llava_uhd.config.aliases_uhd_v2 import has_upsampler
+from llava_uhd.config.flags import (
+    ALIASES,
+    Context,
+    Inert,
+    apply_alias,
+    inert,
+    only,
+    read_first,
+    takes_keys,
+    translates,
+)
 from llava_uhd.errors import UserError
-from llava_uhd.registry import Registry
 
+__all__ = ["ALIASES", "Context", "Inert", "apply_alias", "read_first"]
 
-@dataclass(frozen=True)
-class Inert:
-    """A flag that is accepted and does nothing; ``reason`` is told to the user once."""
-
-    reason: str
-
-
-@dataclass(frozen=True)
-class Context:
-    """What a translation may look at.
-
-    Attributes:
-        recipe: dotted key -> value of the recipe so far.
-        flags: the other published flags of the command, by name.
-    """
-
-    recipe: Mapping[str, Any]
-    flags: Mapping[str, Any]
-
-
-Translation = Callable[[Any, Context], dict[str, Any] | Inert]
-
-
-@dataclass(frozen=True)
-class Alias:
-    """One published flag: exactly one of the three is set.
-
-    Attributes:
-        key: dotted recipe key that takes the value unchanged.
-        translate: (value, context) -> dotted keys with values, or `Inert`.
-        inert: why the flag has no effect here.
-    """
-
-    key: str | None = None
-    translate: Translation | None = None
-    inert: str | None = None
-
-
-ALIASES: Registry[Alias] = Registry("published flag")
-
-
-def apply_alias(name: str, value: Any, context: Context) -> dict[str, Any] | Inert:
-    """Translates one published flag.
-
-    Args:
-        name: without the dashes.
-        value: as read from the command line.
-        context: the rest of the command and the recipe.
-
-    Raises:
-        UserError: unknown flag, or a value that asks for something that does not exist here.
-    """
-    alias = ALIASES.get(name)
-    if alias.key is not None:
-        return {alias.key: value}
-    if alias.translate is not None:
-        return alias.translate(value, context)
-    return Inert(alias.inert or "")
-
-
-def _keys(table: dict[str, str]) -> None:
-    for name, key in table.items():
-        ALIASES.add(name, Alias(key=key))
-
-
-def _inert(table: dict[str, str]) -> None:
-    for name, reason in table.items():
-        ALIASES.add(name, Alias(inert=reason))
-
-
-def _translates(name: str) -> Callable[[Translation], Translation]:
-    def wrap(function: Translation) -> Translation:
-        ALIASES.add(name, Alias(translate=function))
-        return function
-
-    return wrap
-
-
-def _only(name: str, allowed: tuple[Any, ...], reason: str, refusal: str) -> None:
-    """An option of which only one choice exists here: that one is inert, others are refused."""
-
-    def translate(value: Any, context: Context) -> dict[str, Any] | Inert:
-        if value in allowed:
-            return Inert(reason)
-        raise UserError(f"--{name} {value}: {refusal}")
-
-    ALIASES.add(name, Alias(translate=translate))
-
-
-# Published projector names that carry settings of ours in the name.
-PROJECTOR_NAMES: dict[str, dict[str, Any]] = {
-    "adapt_spatial_resampler": {"type": "spatial_resampler", "num_queries": 144},
-}
-
-# Published DeepSpeed files, by their path in the published repositories.
+# Published DeepSpeed files, by their path in the published repositories. The variants of zero2
+# differ in bucket sizes and in settings that the trainer makes itself.
 DEEPSPEED_FILES = {f"scripts/{name}.json": name for name in ("zero2", "zero3", "zero3_offload")}
+DEEPSPEED_FILES |= {f"scripts/{name}.json": "zero2" for name in ("zero2_old", "zero2_fused_adamw")}
 
 
-_keys(
+takes_keys(
     {
         "version": "model.template",
-        "vision_tower": "model.vision_tower",
         "mm_vision_select_layer": "model.select_layer",
         "pretrain_mm_mlp_adapter": "model.projector_file",
         "data_path": "data.path",
@@ -132,7 +50,7 @@ _keys(
     }
 )
 
-_inert(
+inert(
     {
         "lazy_preprocess": "samples are always prepared when they are needed",
         "is_multimodal": "records with and without images may always be mixed",
@@ -153,31 +71,31 @@ _inert(
     }
 )
 
-_only(
+only(
     "mm_vision_select_feature",
     ("patch",),
     "patch features are always selected",
     "the class token is never kept; only 'patch' exists",
 )
-_only(
+only(
     "mm_patch_merge_type",
     ("flat",),
     "views are laid out by model.image.strategy",
     "only 'flat' exists; the layout of views is chosen by model.image.strategy",
 )
-_only(
+only(
     "mm_use_im_start_end",
     (False,),
     "no start and end tokens are added",
     "extra image start and end tokens are not supported; leave it False",
 )
-_only(
+only(
     "lora_enable",
     (False,),
     "all weights of the learning parts are trained",
     "LoRA training is not available; leave it out to train all weights",
 )
-_only(
+only(
     "bits",
     (16,),
     "weights are not quantised in training",
@@ -185,53 +103,62 @@ _only(
 )
 
 
-@_translates("model_name_or_path")
+@translates("model_name_or_path")
 def _language_model(value: Any, context: Context) -> dict[str, Any] | Inert:
     return {"model.checkpoint": None, "model.language_model": value}
 
 
-@_translates("mm_projector_type")
-def _projector(value: Any, context: Context) -> dict[str, Any] | Inert:
-    settings = PROJECTOR_NAMES.get(value, {"type": value})
-    return {f"model.projector.{name}": each for name, each in settings.items()}
+@translates("vision_tower")
+def _tower(value: Any, context: Context) -> dict[str, Any] | Inert:
+    keys = {"model.vision_tower": value}
+    # As published, the name of a SigLIP tower brings the larger slices.
+    if "siglip" in str(value).lower() and context.recipe.get("model.image.scale_resolution") == 336:
+        keys["model.image.scale_resolution"] = 384
+    return keys
 
 
-@_translates("tune_mm_mlp_adapter")
+@translates("tune_mm_mlp_adapter")
 def _projector_only(value: Any, context: Context) -> dict[str, Any] | Inert:
     if value is not True:
         return Inert("what learns stands in stage.learn")
-    return {"stage.learn": {"projector": context.flags.get("mm_projector_lr")}}
+    learn = {"projector": context.flags.get("mm_projector_lr")}
+    if context.flags.get("sft_encoder") is True:
+        learn["vision_tower"] = context.flags.get("mm_vision_tower_lr")
+        learn |= {"upsampler_fixup": None} if has_upsampler(context) else {}
+    return {"stage.learn": learn}
 
 
-@_translates("freeze_mm_mlp_adapter")
+@translates("freeze_mm_mlp_adapter")
 def _freeze_projector(value: Any, context: Context) -> dict[str, Any] | Inert:
     if value is not True:
         return Inert("what learns stands in stage.learn")
     return {"stage.learn.projector": False}
 
 
-@_translates("freeze_backbone")
+@translates("freeze_backbone")
 def _freeze_language_model(value: Any, context: Context) -> dict[str, Any] | Inert:
     if value is not True:
         return Inert("what learns stands in stage.learn")
     return {"stage.learn.language_model": False}
 
 
-@_translates("mm_projector_lr")
+@translates("mm_projector_lr")
 def _projector_rate(value: Any, context: Context) -> dict[str, Any] | Inert:
     if value is None:
         return Inert("the projector takes trainer.learning_rate")
+    if "mm_mlp_adapter" not in context.flags.get("mm_tunable_parts", "mm_mlp_adapter"):
+        return Inert("--mm_tunable_parts leaves the projector out")
     return {"stage.learn.projector": value}
 
 
-@_translates("image_aspect_ratio")
+@translates("image_aspect_ratio")
 def _aspect_ratio(value: Any, context: Context) -> dict[str, Any] | Inert:
     if context.recipe.get("model.image.strategy", "slices") == "slices":
-        return Inert("slices keep every image's own shape, as in the published LLaVA-UHD v1 code")
+        return Inert("slices keep every image's own shape, as in the published LLaVA-UHD code")
     return {"model.image.strategy": value}
 
 
-@_translates("warmup_ratio")
+@translates("warmup_ratio")
 def _warmup(value: Any, context: Context) -> dict[str, Any] | Inert:
     # transformers 5 reads warmup_steps below 1 as a share of all steps.
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
@@ -239,14 +166,14 @@ def _warmup(value: Any, context: Context) -> dict[str, Any] | Inert:
     return {"trainer.warmup_steps": value}
 
 
-@_translates("group_by_length")
+@translates("group_by_length")
 def _group_by_length(value: Any, context: Context) -> dict[str, Any] | Inert:
     if value is not True:
         return Inert("batches are drawn at random unless asked otherwise")
     return {"trainer.train_sampling_strategy": "group_by_length"}
 
 
-@_translates("deepspeed")
+@translates("deepspeed")
 def _deepspeed(value: Any, context: Context) -> dict[str, Any] | Inert:
     name = DEEPSPEED_FILES.get(posixpath.normpath(value)) if isinstance(value, str) else None
     return {"deepspeed": name or value}

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from llava_uhd.config.aliases import ALIASES, Context, Inert, apply_alias
+from llava_uhd.config.aliases import ALIASES, Context, Inert, apply_alias, read_first
 from llava_uhd.config.schema import Flat, assign, clear, flatten, unknown_key
 from llava_uhd.config.training import Recipe, make_recipe, recipe_keys, training_argument_types
 from llava_uhd.config.typed import Word, load_yaml, parse_scalar
@@ -159,8 +159,8 @@ def load_kind(
     if debug:
         for overlay in (kind.debug_overlay, *_listed(flat.get("debug_base"))):
             _apply_file(flat, find_recipe(overlay), (), kind)
-    _apply_words(flat, [(name, value) for name, value in words if name != "debug"], kind)
     flat.setdefault("name", recipe_name(path))
+    _apply_words(flat, [(name, value) for name, value in words if name != "debug"], kind)
     try:
         return kind.make(flat)
     except UserError as error:
@@ -283,8 +283,13 @@ def parse_words(words: Sequence[str]) -> Iterator[tuple[str, Any]]:
 
 
 def _apply_words(flat: Flat, words: list[tuple[str, Any]], kind: RecipeKind[Any]) -> None:
-    """Puts the whole command line onto the recipe as one layer, in its order."""
+    """Puts the whole command line onto the recipe as one layer, in its order.
+
+    Flags that choose the kind of model count as if they stood first.
+    """
     flags = {name: _plain(value) for name, value in words if name in ALIASES}
+    if kind.published_flags:
+        words = sorted(words, key=lambda word: not read_first(word[0]))
     layer: Flat = {}
     for name, value in words:
         for key, each in _meaning(name, value, Context(flat | layer, flags), kind).items():
