@@ -35,13 +35,17 @@ QWEN2: dict[str, Any] = {**LLAMA, "model_type": "qwen2"}
 
 
 def tiny_parts(
-    text: dict[str, Any] = LLAMA, seed: int = 0, **options: Any
+    text: dict[str, Any] = LLAMA,
+    seed: int = 0,
+    vision: dict[str, Any] = VISION,
+    **options: Any,
 ) -> tuple[LlavaUHDForConditionalGeneration, LlavaUHDProcessor]:
     """Model (evaluation mode, float32) and processor: views of about 32 x 32 pixels, 4 tokens each.
 
     Args:
         text: configuration of the language model; the vocabulary is added.
         seed: of the weights.
+        vision: configuration of the tower.
         **options: of `LlavaUHDConfig`; ``image`` and ``projector`` are laid over the tiny ones.
     """
     tokenizer = build_demo_tokenizer()
@@ -53,7 +57,7 @@ def tiny_parts(
     }
     image = {"scale_resolution": 32, "patch_size": 8, "max_slices": 7, **options.pop("image", {})}
     config = LlavaUHDConfig(
-        vision_config=dict(VISION),
+        vision_config=dict(vision),
         text_config={**ids, **text},
         image=image,
         projector={"num_queries": 4, **options.pop("projector", {})},

@@ -28,6 +28,7 @@ from llava_uhd.config.model import CompressionConfig, ImageConfig, LlavaUHDConfi
 from llava_uhd.config.training import ModelSection
 from llava_uhd.errors import UserError
 from llava_uhd.model.modeling import LlavaUHDForConditionalGeneration
+from llava_uhd.text.faithful import FAITHFUL
 from llava_uhd.text.processor import LlavaUHDProcessor
 from llava_uhd.text.templates import TEMPLATES
 
@@ -60,8 +61,11 @@ def check_parts(section: ModelSection) -> None:
     Hub ids are fetched here.
 
     Raises:
-        UserError: a missing folder; one line with what it is and how to get it.
+        UserError: a missing folder; one line with what it is and how to get it. A template without
+            faithful labels that is asked for them.
     """
+    if section.template_mode == "faithful":
+        FAITHFUL.get(section.template)
     for path, what in (
         (section.checkpoint, "checkpoint"),
         (section.language_model, "language model"),
@@ -102,6 +106,7 @@ def assemble(
     else:
         made = _from_parts(section, dtype, demo_tokenizer)
     made.model.config.compression = compression
+    made.processor.template_mode = section.template_mode
     _end_answers(made)
     return made
 

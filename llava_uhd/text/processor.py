@@ -16,6 +16,7 @@ from llava_uhd.images.pixels import ImageSource, open_image, pack_views, remove_
 from llava_uhd.images.strategies import plan_image, prepared_size
 from llava_uhd.images.tokens import view_token_counts
 from llava_uhd.text.encoding import IGNORE_INDEX, Encoding, encode_spans
+from llava_uhd.text.faithful import encode_turns
 from llava_uhd.text.layout import image_ids, single_token_id
 from llava_uhd.text.templates import IMAGE_MARKER, TEMPLATES, Span, Template, Turn
 
@@ -44,6 +45,7 @@ class LlavaUHDProcessor(ProcessorMixin):
         image_config: `ImageConfig` or dict, with the ids of placeholder and separators.
         projector_config: `ProjectorConfig` or dict; it decides how many tokens a view has.
         template_name: registered conversation template.
+        template_mode: which labels `encode_conversation` makes: see `faithful.encode_turns`.
         chat_template: Jinja source; None takes the template's own.
 
     Use `from_parts` to make one for a new model: it fills the ids from the tokenizer.
@@ -60,6 +62,7 @@ class LlavaUHDProcessor(ProcessorMixin):
         projector_config: dict[str, Any] | None = None,
         template_name: str = "v1",
         chat_template: str | None = None,
+        template_mode: str = "clean",
         **kwargs: Any,
     ) -> None:
         if not tokenizer.is_fast:
@@ -71,6 +74,7 @@ class LlavaUHDProcessor(ProcessorMixin):
             # Found before the first image: two views of different shape must have as many tokens.
             map_side(view_token_counts(self._projector, [(4, 5), (3, 7)]))
         self.template_name = template_name
+        self.template_mode = template_mode
         self.image_token = IMAGE_MARKER
         super().__init__(tokenizer, chat_template=chat_template or self.template.chat_template)
 
@@ -302,9 +306,14 @@ class LlavaUHDProcessor(ProcessorMixin):
         """
         if overlong not in ("error", "drop"):
             raise UserError(f"data.overlong must be 'error' or 'drop', got {overlong!r}")
-        spans = self.template.spans(turns)
         pictures = self.encode_images(images, overview_only)
-        encoding = encode_spans(self.tokenizer, spans, [image.ids for image in pictures])
+        encoding = encode_turns(
+            self.template_name,
+            self.template_mode,
+            self.tokenizer,
+            turns,
+            [image.ids for image in pictures],
+        )
         truncated = dropped = 0
         if max_length is not None:
             truncated, dropped = encoding.cut(max_length, overlong)

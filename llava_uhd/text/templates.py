@@ -203,7 +203,7 @@ class ChatMLTemplate:
 
     The answer and its end token are learned. The newline behind it is not: generation ends at the
     end token, so nothing ever asks for it. (The published code also learns the headers of the
-    answers and every newline, start and end token wherever it stands.)
+    answers and every newline, start and end token wherever it stands: `llava_uhd.text.faithful`.)
 
     Attributes:
         system: the system message.
@@ -269,4 +269,5 @@ TEMPLATES.add(
         "The assistant gives helpful, detailed, and polite answers to the user's questions."
     ),
 )
-TEMPLATES.add("qwen_1_5", ChatMLTemplate("You are a helpful assistant."))
+QWEN_1_5 = ChatMLTemplate("You are a helpful assistant.")
+TEMPLATES.add("qwen_1_5", QWEN_1_5)
