@@ -211,9 +211,8 @@ class LlavaUHDForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if (input_ids is None) == (inputs_embeds is None) or (input_ids is None and pictured):
             raise ValueError("pass either input_ids (with their images) or inputs_embeds (alone)")
         if input_ids is not None:
-            inputs_embeds = self.embed(
-                input_ids, pixel_values, view_grids, image_features, image_grids
-            )
+            images = (pixel_values, view_grids, image_features, image_grids)
+            inputs_embeds = self.embed(input_ids, *images)
         outputs = decode(
             self.language_model,
             inputs_embeds=inputs_embeds,
@@ -228,11 +227,7 @@ class LlavaUHDForConditionalGeneration(PreTrainedModel, GenerationMixin):
             outputs.last_hidden_state, labels, logits_to_keep, num_items_in_batch
         )
         return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
+            loss, logits, outputs.past_key_values, outputs.hidden_states, outputs.attentions
         )
 
     def _loss_and_logits(
