@@ -20,6 +20,10 @@ from llava_uhd.text.processor import LlavaUHDProcessor
 
 Parts = tuple[LlavaUHDForConditionalGeneration, LlavaUHDProcessor]
 
+# Golden checkpoints of LLaVA-UHD v2, and the folder of the tower inside them.
+V2_NAMES = ("full_llama", "full_llama_old", "full_qwen2")
+V2_TOWER = "clip-tiny-patch14-336"
+
 
 def logits(model: Any, processor: Any) -> torch.Tensor:
     inputs = processor(text="USER: <image>\nWhat? <image>", images=[picture(96, 64), picture(9, 9)])
@@ -87,3 +91,14 @@ def make_base(published: Path, folder: Path) -> Path:
     for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"):
         shutil.copy(published / name, folder)
     return folder
+
+
+def v2_folders(source: Path, target: Path) -> dict[str, Path]:
+    """Whole golden folders; the one of the old dialect shares weights and tower with another."""
+    old = target / "old"
+    old.mkdir()
+    for file in (source / "full_llama_old").iterdir():
+        (old / file.name).symlink_to(file)
+    for name in ("model.safetensors", V2_TOWER):
+        (old / name).symlink_to(source / "full_llama" / name)
+    return {name: source / name for name in V2_NAMES} | {"full_llama_old": old}
