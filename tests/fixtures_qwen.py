@@ -62,8 +62,9 @@ def save_language_model(
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
-        for parameter in model.parameters():
+        # Strong layers: with tied embeddings a token would otherwise only repeat itself.
+        for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
-                parameter.mul_(6.0)
+                parameter.mul_(15.0 if ".layers." in name else 6.0)
     model.save_pretrained(folder)
     return folder
