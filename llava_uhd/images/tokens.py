@@ -37,6 +37,7 @@ def one_per_patch(config: ProjectorConfig, rows: int, columns: int) -> int:
     return rows * columns
 
 
+TOKEN_RULES.add("hiwin", fixed_queries)
 TOKEN_RULES.add("spatial_resampler", fixed_queries)
 TOKEN_RULES.add("mlp2x_gelu", one_per_patch)
 

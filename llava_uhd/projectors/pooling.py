@@ -13,10 +13,11 @@ the operator's order.
 from __future__ import annotations
 
 from functools import lru_cache
-from math import sqrt
+from math import isqrt, sqrt
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 from llava_uhd.images.geometry import pool_bins
 
@@ -105,6 +106,57 @@ def _placed_matrices(
     down, across = pooling_matrices(rows, columns, grid_size, round_to)
     with torch.inference_mode(False):  # as above
         return down.to(device, dtype), across.to(device, dtype)
+
+
+@lru_cache(maxsize=1024)
+def _table_matrices(
+    rows: int,
+    columns: int,
+    grid_size: int,
+    side: int,
+    round_to: torch.dtype | None,
+    device: torch.device,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Bicubic resampling from ``side`` to the map's shape and pooling, in one matrix per axis."""
+    matrices = []
+    with torch.inference_mode(False):  # as above
+        for pooling in pooling_matrices(rows, columns, grid_size, round_to):
+            # Along its second axis the identity keeps its size, which changes nothing there.
+            resampling = F.interpolate(
+                torch.eye(side)[None, None],
+                size=(pooling.shape[1], side),
+                mode="bicubic",
+                align_corners=False,
+            )
+            matrices.append((pooling @ resampling[0, 0]).to(device))
+    return matrices[0], matrices[1]
+
+
+def pool_table(
+    table: torch.Tensor, grid: tuple[int, int], grid_size: int, round_to: torch.dtype | None = None
+) -> torch.Tensor:
+    """Resamples a square table to a map's shape (bicubic) and pools each window, in float32.
+
+    The resampled map, which may be large, is never made: both steps are linear and separable.
+
+    Args:
+        table: (side * side, C), row by row.
+        grid: (rows, columns) of the map.
+        grid_size: windows along each axis.
+        round_to: see `axis_matrix`.
+
+    Returns:
+        (grid_size ** 2, bins, C) in the table's dtype; windows and bins as in `pool_windows`.
+    """
+    count, width = table.shape
+    side = isqrt(count)
+    down, across = _table_matrices(*grid, grid_size, side, round_to, table.device)
+    with torch.autocast(table.device.type, enabled=False):
+        pooled = down @ table.float().reshape(side, side * width)
+        pooled = torch.matmul(across, pooled.reshape(-1, side, width))
+    bins = down.shape[0] // grid_size, across.shape[0] // grid_size
+    pooled = pooled.reshape(grid_size, bins[0], grid_size, bins[1], width).transpose(1, 2)
+    return pooled.reshape(grid_size**2, bins[0] * bins[1], width).to(table.dtype)
 
 
 def pool_windows(
