@@ -23,6 +23,7 @@ from llava_uhd.checkpoint.parts import (
     read_tower_config,
 )
 from llava_uhd.checkpoint.sources import resolve_folder
+from llava_uhd.checkpoint.vdim import find_vdim, read_vdim
 from llava_uhd.checkpoint.weights import Tensors
 from llava_uhd.config.model import CompressionConfig, ImageConfig, LlavaUHDConfig, make_config
 from llava_uhd.config.training import ModelSection
@@ -77,7 +78,7 @@ def check_parts(section: ModelSection) -> None:
     if section.projector_file is not None:
         find_projector(resolve_projector(section.projector_file))
     if section.upsampler_file is not None:
-        resolve_upsampler(section.upsampler_file)
+        find_vdim(resolve_upsampler(section.upsampler_file))
 
 
 def assemble(
@@ -186,8 +187,6 @@ def read_upsampler(path: str, config: LlavaUHDConfig) -> Tensors:
     Raises:
         UserError: the model has no upsampler, or the file holds another one.
     """
-    from llava_uhd.checkpoint.vdim import read_vdim
-
     scale = max(config.projector.scales)
     if scale == 1:
         raise UserError(

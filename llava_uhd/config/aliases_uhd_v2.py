@@ -126,6 +126,9 @@ def _kind_of_model(value: Any, context: Context) -> dict[str, Any] | Inert:
         keys |= {"model.upsampler_file": None, **dict.fromkeys(UPSAMPLER_KEYS, False)}
     elif current != HIWIN:
         keys["model.projector.scales"] = DEFAULT_SCALES
+        if "model_mode" in context.flags:
+            # In this dialect the query positions learn in both stages.
+            keys["model.projector.train_positions"] = True
     if kind != current:
         suffix = mode.suffix if mode is not None else {RESAMPLER: "uhd_v1"}.get(kind, "uhd_v2")
         keys |= _renamed(context, suffix)

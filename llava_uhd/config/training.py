@@ -86,7 +86,10 @@ class DataConfig:
         on_broken_image: "error" stops; "skip" leaves the sample out, counted and logged.
         max_broken: with "skip", the largest share of samples that may be left out, in [0, 1].
         image_first: a turn with one ``<image>`` gets it moved to its front, as published.
-        textvqa_long_side: resize images whose path contains "textvqa" to this long side in pixels.
+        textvqa_long_side: resize images whose path contains "textvqa" or "TextVQA" to this long
+            side in pixels.
+        textvqa_only_enlarge: leave those that are larger already as they are, as in the published
+            LLaVA-UHD v2 Vicuna-7B.
         six_slice_probability: share of samples resized to about six slices (published: 0.1).
         max_length: most tokens of a sample, or None.
         overlong: "error" stops when the cut at `max_length` would lose an image; "drop" removes
@@ -104,6 +107,7 @@ class DataConfig:
     max_broken: float = 0.01
     image_first: bool = True
     textvqa_long_side: int | None = None
+    textvqa_only_enlarge: bool = False
     six_slice_probability: float = 0.0
     max_length: int | None = 2048
     overlong: Literal["error", "drop"] = "error"

@@ -171,10 +171,16 @@ class ConversationDataset(Dataset[dict[str, Any] | BrokenSample]):
         root = self.records.root
         return str(path) if root is None else str(path.relative_to(root.path))
 
+    def _is_textvqa(self, path: Path) -> bool:
+        name = self._name(path)
+        return "textvqa" in name or "TextVQA" in name
+
     def _target_size(self, path: Path, size: Size, index: int) -> Size:
         """Size after the published training resizes: TextVQA's, or else the six-slice one."""
         config = self.config
-        if config.textvqa_long_side is not None and "textvqa" in self._name(path):
+        if config.textvqa_long_side is not None and self._is_textvqa(path):
+            if config.textvqa_only_enlarge and max(size) >= config.textvqa_long_side:
+                return size
             try:
                 return fit_long_side(*size, config.textvqa_long_side)
             except ValueError as error:
