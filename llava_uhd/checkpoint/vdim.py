@@ -26,6 +26,7 @@ from llava_uhd.checkpoint.weights import (
     weight_files,
 )
 from llava_uhd.errors import UserError
+from llava_uhd.vision.upsampler import UpsamplerStack
 
 VDIM_FILE = "vdim.safetensors"
 # Where the stack stands among the model's weights.
@@ -49,8 +50,6 @@ def read_vdim(path: Path, width: int, scale: int) -> Tensors:
     Raises:
         UserError: unreadable file, or one without exactly the weights of this stack.
     """
-    from llava_uhd.vision.upsampler import UpsamplerStack
-
     file = find_vdim(path)
     found = _read_stack(file)
     with torch.device("meta"):
