@@ -95,6 +95,10 @@ def test_text_gives_the_logits_of_the_library(folder: Path, made: Assembled) -> 
     real = inputs["attention_mask"].bool()
     assert wanted[real].std() > 0.5
     torch.testing.assert_close(found[real], wanted[real], rtol=1e-5, atol=1e-5)
+    labels = inputs["input_ids"].masked_fill(~real, -100)
+    with torch.no_grad():
+        loss, wanted = (model(**inputs, labels=labels).loss for model in (made.model, theirs))
+    torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=1e-5)
     settings = {"max_new_tokens": NEW, "do_sample": False}
     with torch.no_grad():
         assert torch.equal(
