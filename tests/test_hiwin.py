@@ -13,9 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from llava_uhd.config.model import LlavaUHDConfig
 from llava_uhd.errors import UserError
+from llava_uhd.images.cost import PUBLISHED, Convention
+from llava_uhd.images.cost_projectors import PROJECTOR_COSTS
 from llava_uhd.projectors import build_projector, hiwin_fast, pooling
 from llava_uhd.projectors.hiwin import HiwinProjector
 from llava_uhd.projectors.hiwin_fast import gram_pays
@@ -400,3 +403,48 @@ def test_training_after_inference() -> None:
         module(*inputs)
     module(*inputs).sum().backward()
     assert module.pos_embed.grad is not None and bool(module.pos_embed.grad.any())
+
+
+@pytest.mark.parametrize("scales", [(1,), (1, 2), (1, 4), (2, 8)])
+def test_cost_formula(scales: tuple[int, ...]) -> None:
+    """Parameters exactly; operations as counted, small terms of one channel left out."""
+    config = make_config(32, 128, scales=scales, num_heads=4)
+    module = build_projector(config)
+    formula = PROJECTOR_COSTS.get("hiwin")
+    assert formula.parameters(config) == sum(each.numel() for each in module.parameters())
+    module = make_hiwin(32, 128, scales=scales, num_heads=4)
+    sizes = [(6, 6), (6, 6), (4, 7), (6, 6)]
+    inputs = views(sizes, 32)
+
+    def count(stack_only: bool) -> int:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            if not stack_only:
+                module(*inputs)
+                return counter.get_total_flops()
+            parts = [rows * columns for rows, columns in sizes]
+            for grid, *both in zip(sizes, inputs[0].split(parts), inputs[2].split(parts)):
+                module.feature_maps(both[0][None], both[1][None], grid)
+        return counter.get_total_flops()
+
+    counted = count(False) - (count(True) if max(scales) > 1 else 0)
+    predicted = formula.flops(config, sizes, Convention()) - formula.upsampler_flops(config, sizes)
+    assert counted == pytest.approx(predicted, rel=0.02)
+    stack = {1: 0, 2: 1_055_833, 4: 1_062_066, 8: 4_217_099}[max(scales)]
+    config.vision_config.hidden_size = 1024
+    without = make_config(1024, 128, scales=(1,), num_heads=4)
+    extra = (len(scales) - 1) * (1024 * 128 + 2 * 128)
+    assert formula.parameters(config) - formula.parameters(without) - extra == stack
+
+
+def test_fact_sheet_operations() -> None:
+    """7 views of 24x24 at D = 4096, scales 1, 2, 4: 8.60 TFLOPs as published."""
+    config = make_config(1024, 4096, scales=(1, 2, 4), num_queries=144, num_heads=None)
+    grids = [(24, 24)] * 7
+    formula = PROJECTOR_COSTS.get("hiwin")
+    own = formula.upsampler_flops(config, grids)
+    published = formula.flops(config, grids, PUBLISHED)
+    assert published == pytest.approx(8.60e12, rel=0.001)
+    assert own == pytest.approx(7 * 0.020e12, rel=0.1)
+    ours = formula.flops(config, grids, Convention())
+    tower = 7 * 0.366e12
+    assert published > 3.3 * tower and ours < 0.41 * tower

@@ -2,44 +2,21 @@
 
 One multiply-add counts as two operations (FLOP = 2 MAC). Matrix products are counted; norms,
 activations, softmax and resampling are not. `Convention` says what else differs between what is
-computed here and what published tables count.
+computed here and what published tables count. Projectors: `cost_projectors`.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
 
 from transformers import PreTrainedConfig
 
 from llava_uhd.config.model import LlavaUHDConfig
 from llava_uhd.errors import UserError
-from llava_uhd.images.geometry import Size, SlicePlan, num_schema_tokens, pool_bins
+from llava_uhd.images.cost_projectors import PROJECTOR_COSTS, Convention
+from llava_uhd.images.geometry import Size, SlicePlan, num_schema_tokens
 from llava_uhd.images.tokens import view_token_counts
-from llava_uhd.registry import Registry
-
-
-@dataclass(frozen=True)
-class Convention:
-    """What a count includes. The defaults are what this package computes for an answer.
-
-    Attributes:
-        causal: attention of the language model costs half of the full square.
-        all_logits: logits at every position instead of one.
-        whole_tower: all layers of the tower, also those behind the selected one.
-        published_projector: the projector as first published instead of the equal, cheaper form.
-        attention_inputs: count the input projections of the projector's attention. Profilers that
-            hook modules do not see them inside ``nn.MultiheadAttention``.
-    """
-
-    causal: bool = True
-    all_logits: bool = False
-    whole_tower: bool = False
-    published_projector: bool = False
-    attention_inputs: bool = True
-
 
 # The one of the compute table of LLaVA-UHD (arXiv 2403.11703).
 PUBLISHED = Convention(causal=False, all_logits=True, whole_tower=True, published_projector=True)
@@ -196,84 +173,6 @@ def language_shape(config: PreTrainedConfig) -> LanguageShape:
         mlp_bias=bool(getattr(config, "mlp_bias", False)),
         qk_norm=kind == "qwen3",
     )
-
-
-class ProjectorCost(Protocol):
-    """Formulas of one projector."""
-
-    def parameters(self, config: LlavaUHDConfig) -> int:
-        """Parameters of the module."""
-
-    def flops(self, config: LlavaUHDConfig, grids: Sequence[Size], convention: Convention) -> int:
-        """Operations for views with these patch grids (rows, columns), in one call."""
-
-
-PROJECTOR_COSTS: Registry[ProjectorCost] = Registry("projector")
-
-
-class ResamplerCost:
-    """The spatially constrained resampler; Q queries, H heads, width D, k bins per window."""
-
-    def parameters(self, config: LlavaUHDConfig) -> int:
-        """Parameters of the module, the position table included."""
-        d, c = config.hidden_size, config.vision_config.hidden_size
-        tables = 2 * config.projector.num_queries * d
-        return (c * d if c != d else 0) + 4 * (d * d + d) + tables + 3 * 2 * d + d * d
-
-    def flops(self, config: LlavaUHDConfig, grids: Sequence[Size], convention: Convention) -> int:
-        """Operations, in the published form or as computed here."""
-        d, c = config.hidden_size, config.vision_config.hidden_size
-        queries = config.projector.num_queries
-        heads = config.projector.num_heads or max(d // 128, 1)
-        square = 2 * queries * d * d
-        total = sum(2 * rows * columns * c * d for rows, columns in grids) if c != d else 0
-        total += 2 * len(grids) * square  # output projection of the attention, last projection
-        if convention.published_projector:
-            for grid in grids:
-                bins = _num_bins(grid)
-                total += 4 * queries * bins * d  # scores and averages
-                if convention.attention_inputs:
-                    total += square + 2 * bins * square  # queries, keys and values
-            return total
-        if convention.attention_inputs:
-            # Queries in and through the keys' matrix once; averaged values once per view.
-            total += 2 * square + len(grids) * square
-        for grid, count in Counter(grids).items():
-            core = 2 * queries * _num_bins(grid) * d * heads
-            pooling = self._pooling(grid, queries, d)
-            total += (count + 1) * (core + pooling) + count * core  # scores, positions, averages
-        return total
-
-    @staticmethod
-    def _pooling(grid: Size, queries: int, width: int) -> int:
-        rows, columns = grid
-        bin_rows, bin_columns = pool_bins(rows, columns)
-        side = round(queries**0.5)
-        down, across = side * bin_rows, side * bin_columns
-        return 2 * down * rows * columns * width + 2 * down * across * columns * width
-
-
-def _num_bins(grid: Size) -> int:
-    rows, columns = pool_bins(*grid)
-    return rows * columns
-
-
-class MLPCost:
-    """Two linear layers on each patch (LLaVA-1.5's ``mlp2x_gelu``)."""
-
-    def parameters(self, config: LlavaUHDConfig) -> int:
-        """Parameters of the module."""
-        d, c = config.hidden_size, config.vision_config.hidden_size
-        return c * d + d + d * d + d
-
-    def flops(self, config: LlavaUHDConfig, grids: Sequence[Size], convention: Convention) -> int:
-        """Operations."""
-        d, c = config.hidden_size, config.vision_config.hidden_size
-        return sum(2 * rows * columns * (c * d + d * d) for rows, columns in grids)
-
-
-PROJECTOR_COSTS.add("spatial_resampler", ResamplerCost())
-PROJECTOR_COSTS.add("mlp2x_gelu", MLPCost())
 
 
 def built_tower_layers(config: LlavaUHDConfig) -> int:

@@ -126,7 +126,7 @@ class HiwinWeights(nn.Module):
         init.normal_(self.proj, std=width**-0.5)
 
     @property
-    def queries(self) -> list[nn.Parameter]:
+    def queries(self) -> list[torch.Tensor]:
         """The four query sets, (Q, D) each."""
         return [self.get_parameter(f"query_{index + 1}") for index in range(NUM_SETS)]
 
