@@ -34,6 +34,11 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--tokenizer", metavar="DIR", type=Path, help="copy the tokenizer files of this folder"
     )
+    parser.add_argument(
+        "--vision-tower",
+        metavar="NAME",
+        help="path or hub id that config.json records for the vision tower",
+    )
     parser.add_argument("--dtype", help="of the written weights; as they are stored without it")
     return parser
 
@@ -50,6 +55,7 @@ def main() -> int:
         ExportOptions(
             keep_unused=None if keep is None else resolve_folder(keep, "--keep-unused"),
             tokenizer=options.tokenizer,
+            vision_tower=options.vision_tower,
             dtype=None if options.dtype is None else parse_dtype(options.dtype),
         ),
     )

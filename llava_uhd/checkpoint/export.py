@@ -20,7 +20,7 @@ from huggingface_hub import save_torch_state_dict
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from llava_uhd.checkpoint.load import build_model, open_checkpoint
-from llava_uhd.checkpoint.manifest import write_manifest, write_whole
+from llava_uhd.checkpoint.manifest import read_manifest, write_manifest, write_whole
 from llava_uhd.checkpoint.parts import (
     PROJECTOR_FILE,
     PUBLISHED_PROJECTOR_FILE,
@@ -31,20 +31,23 @@ from llava_uhd.checkpoint.parts import (
 from llava_uhd.checkpoint.published import LAYOUTS, Layout, our_key, published_key
 from llava_uhd.checkpoint.published.towers import hub_name, tower_habits
 from llava_uhd.checkpoint.published.values import common_values, text_values
-from llava_uhd.checkpoint.weights import Tensors, read_folder, read_tensors, weight_files
+from llava_uhd.checkpoint.tokenizer_files import holds_tokenizer, write_tokenizer
+from llava_uhd.checkpoint.weights import (
+    Tensors,
+    read_folder,
+    read_json,
+    read_tensors,
+    weight_files,
+)
 from llava_uhd.config.model import NORMALISATION, LlavaUHDConfig, make_config
 from llava_uhd.errors import UserError, make_folder
 from llava_uhd.registry import nearest_hint
 from llava_uhd.text.layout import single_token_id
-from llava_uhd.text.templates import IMAGE_MARKER
 from llava_uhd.vision.towers import num_built_layers
 
 OURS = "llava_uhd"
 TARGETS = (*(layout.slug for layout in LAYOUTS), OURS)
 MAX_SHARD = "5GB"
-
-_TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")
-_TOKENIZER_FILES += ("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
 
 # Settings of ours that change no weight and no usual number: noted, not refused.
 _FREE = {"image.bounded", "image.max_slices", "image.long_side"}
@@ -60,13 +63,17 @@ class ExportOptions:
     Attributes:
         keep_unused: published folder from which weights that the model does not use are taken
             along, so that the published code can load strictly; None leaves them out.
-        tokenizer: folder whose tokenizer files are copied; None takes those of ``keep_unused``, or
+        tokenizer: folder whose tokenizer files are copied; None takes those of ``keep_unused`` or
+            of the language model that the checkpoint was trained from, where they are at hand, or
             else writes the checkpoint's own.
+        vision_tower: path or hub id that is recorded as the tower's; None chooses: the hub id of a
+            known tower, else a folder that is written beside the weights.
         dtype: of the written weights; None keeps the stored one.
     """
 
     keep_unused: Path | None = None
     tokenizer: Path | None = None
+    vision_tower: str | None = None
     dtype: torch.dtype | None = None
 
 
@@ -103,20 +110,22 @@ def export_checkpoint(
         return []
     layout = next(each for each in LAYOUTS if each.slug == target)
     weights = {published_key(key, config): tensor for key, tensor in state.items()}
-    tower = _tower_name(config)
-    values = _published_values(layout, config, tower, weights)
+    tower = options.vision_tower or _known_tower(config)
+    values = _published_values(layout, config, tower or tower_folder(config), weights)
+    if tokenizer.model_max_length < 10**9:  # libraries write "none" as a huge number
+        values["tokenizer_model_max_length"] = tokenizer.model_max_length
     notes = _compare(layout, values, config, weights, tokenizer)
     if options.keep_unused is not None:
         weights |= _unused_weights(layout, config, options.keep_unused, weights, options.dtype)
     make_folder(out, "output folder")
     write_whole(out / "config.json", _json(values))
-    if "/" not in tower:
-        _write_tower(out / tower, config)
+    if tower is None:
+        _write_tower(out / tower_folder(config), config)
     _write_weights(out, weights, whole=processor is not None)
-    _write_tokenizer(out, tokenizer, options)
+    folder = options.tokenizer or _tokenizer_source(source, tokenizer, options)
     if (source / "generation_config.json").is_file():
         shutil.copy(source / "generation_config.json", out)
-    return notes
+    return notes + write_tokenizer(out, tokenizer, folder, config.text_config.model_type)
 
 
 def _open(source: Path) -> tuple[LlavaUHDConfig, Tensors, PreTrainedTokenizerBase, Any]:
@@ -140,6 +149,17 @@ def _write_ours(
     write_manifest(out, kind="model", finished=True, template=config.template, source=str(source))
 
 
+def _tokenizer_source(
+    source: Path, tokenizer: PreTrainedTokenizerBase, options: ExportOptions
+) -> Path | None:
+    """A folder at hand with the published files of this tokenizer."""
+    recorded = read_manifest(source).get("language_model")
+    candidates = [options.keep_unused, Path(recorded) if isinstance(recorded, str) else None]
+    if read_json(source / "config.json").get("model_type") != OURS:
+        candidates.insert(0, source)
+    return next((each for each in candidates if each and holds_tokenizer(each, tokenizer)), None)
+
+
 # --- configuration --------------------------------------------------------------------------------
 
 
@@ -160,14 +180,16 @@ def _published_values(
     }
 
 
-def _tower_name(config: LlavaUHDConfig) -> str:
-    """What ``mm_vision_tower`` says: the hub id of a known tower, else a folder beside the file."""
+def tower_folder(config: LlavaUHDConfig) -> str:
+    """Name of the folder that describes a tower; the published code knows the family by it."""
+    return f"{tower_habits(config.vision_config).name}-vision-tower"
+
+
+def _known_tower(config: LlavaUHDConfig) -> str | None:
+    """Hub id of a well-known tower, if images are prepared as it is used to."""
     vision = config.vision_config
-    habits = tower_habits(vision)
-    known = hub_name(vision)
-    if known is not None and config.image.normalisation == NORMALISATION[vision.model_type]:
-        return known
-    return f"{habits.name}-vision-tower"
+    usual = NORMALISATION.get(vision.model_type)
+    return hub_name(vision) if config.image.normalisation == usual else None
 
 
 def _compare(
@@ -291,41 +313,6 @@ def _write_tower(folder: Path, config: LlavaUHDConfig) -> None:
         "image_std": list(std),
     }
     write_whole(folder / "preprocessor_config.json", _json(pixels))
-
-
-def _write_tokenizer(out: Path, tokenizer: PreTrainedTokenizerBase, options: ExportOptions) -> None:
-    """Published tokenizer files where there are some, else ours without the placeholder."""
-    for folder in (options.tokenizer, options.keep_unused):
-        files = [folder / name for name in _TOKENIZER_FILES] if folder is not None else []
-        files = [file for file in files if file.is_file()]
-        if files:
-            for file in files:
-                shutil.copy(file, out)
-            return
-        if folder is not None and folder == options.tokenizer:
-            raise UserError(f"--tokenizer {folder} has no tokenizer files")
-    tokenizer.save_pretrained(out)
-    (out / "chat_template.jinja").unlink(missing_ok=True)
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
-        path = out / name
-        if path.is_file():
-            values = _without_marker(json.loads(path.read_text(encoding="utf-8")))
-            write_whole(path, _json(values))
-
-
-def _without_marker(value: Any) -> Any:
-    """A tokenizer file's values without the image placeholder, which published ones do not have."""
-    if isinstance(value, list):
-        kept = [each for each in value if not _is_marker(each)]
-        return [_without_marker(each) for each in kept]
-    if isinstance(value, dict):
-        return {key: _without_marker(each) for key, each in value.items() if not _is_marker(each)}
-    return value
-
-
-def _is_marker(value: Any) -> bool:
-    content = value.get("content") if isinstance(value, dict) else value
-    return content == IMAGE_MARKER
 
 
 def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

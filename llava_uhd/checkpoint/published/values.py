@@ -58,6 +58,9 @@ def text_config(values: Values) -> PreTrainedConfig:
     if values.get("rope_scaling") is None or model_type == "qwen2":
         skipped.add("rope_scaling")
     kept = {key: value for key, value in values.items() if key in known - skipped}
+    if isinstance(kept.get("rope_scaling"), dict) and "type" in kept["rope_scaling"]:
+        rope = dict(kept["rope_scaling"])
+        kept["rope_scaling"] = {"rope_type": rope.pop("type"), **rope}  # its newer name
     return make_config({**kept, "model_type": model_type}, "the language model's configuration")
 
 
@@ -71,6 +74,13 @@ def first_stage(values: Values) -> bool:
     return bool(values.get("tune_mm_mlp_adapter")) or values.get("mm_tunable_parts") == (
         "mm_mlp_adapter"
     )
+
+
+# What newer libraries write of any configuration and the published code neither reads nor lacks.
+_GENERAL = {
+    *("id2label", "label2id", "output_attentions", "output_hidden_states", "return_dict"),
+    *("chunk_size_feed_forward", "is_encoder_decoder", "problem_type", "layer_types"),
+}
 
 
 def text_values(config: LlavaUHDConfig) -> Values:
@@ -87,13 +97,17 @@ def text_values(config: LlavaUHDConfig) -> Values:
         )
     architecture, model_type = FAMILIES[text.model_type]
     values: dict[str, Any] = {
-        key: value for key, value in text.to_dict().items() if key not in _NOT_OF_THE_TEXT
+        key: value
+        for key, value in text.to_dict().items()
+        if key not in _NOT_OF_THE_TEXT | _GENERAL
     }
-    values.pop("layer_types", None)  # newer than the published code, and follows from the rest
+    if values.get("head_dim") == text.hidden_size // text.num_attention_heads:
+        del values["head_dim"]  # follows from the rest, as the published code takes for granted
     rope = dict(values.pop("rope_parameters", None) or {})
     values["rope_theta"] = rope.pop("rope_theta", 10000.0)
     kind = rope.get("rope_type", "default")
-    values["rope_scaling"] = None if kind == "default" else {**rope, "type": kind}
+    rope.pop("rope_type", None)  # published readers take exactly "type" and "factor"
+    values["rope_scaling"] = None if kind == "default" else {"type": kind, **rope}
     return {**values, "architectures": [architecture], "model_type": model_type}
 
 
