@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import importlib.util
 from functools import lru_cache
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -94,17 +95,20 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def use_triton(source: torch.Tensor, *others: torch.Tensor) -> bool:
-    """Whether the GPU kernels take this source."""
-    return source.is_cuda and precise(source, *others) == torch.float32 and has_triton()
+def gpu_kernels(*tensors: torch.Tensor) -> ModuleType | None:
+    """The GPU kernels, if they take these tensors."""
+    if not (tensors[0].is_cuda and precise(*tensors) == torch.float32 and has_triton()):
+        return None
+    from llava_uhd.vision import adaptive_conv_triton
+
+    return adaptive_conv_triton
 
 
 def convolve(source: torch.Tensor, kernel: torch.Tensor, rule: Rule) -> torch.Tensor:
     """Without autograd: (B, h, w, C) and (B, H, W, 7, 7) to (B, H, W, C)."""
-    if use_triton(source, kernel):
-        from llava_uhd.vision import adaptive_conv_triton
-
-        return adaptive_conv_triton.convolve(source, kernel, rule)
+    kernels = gpu_kernels(source, kernel)
+    if kernels is not None:
+        return kernels.convolve(source, kernel, rule)
     dtype, source = precise(source, kernel), source.contiguous()
     output = source.new_empty(*kernel.shape[:3], source.shape[3])
     for item, strip in _parts(source, rule, dtype):
@@ -121,10 +125,9 @@ def convolve_transposed(
 
     The result is float32 (or float64): windows overlap and add up.
     """
-    if use_triton(grad, kernel):
-        from llava_uhd.vision import adaptive_conv_triton
-
-        return adaptive_conv_triton.convolve_transposed(grad, kernel, rule, size)
+    kernels = gpu_kernels(grad, kernel)
+    if kernels is not None:
+        return kernels.convolve_transposed(grad, kernel, rule, size)
     dtype = precise(grad, kernel)
     result = grad.new_zeros(grad.shape[0], *size, grad.shape[3], dtype=dtype)
     for item, strip in _parts(result, rule, dtype):
@@ -137,10 +140,9 @@ def convolve_transposed(
 
 def correlate(left: torch.Tensor, source: torch.Tensor, rule: Rule) -> torch.Tensor:
     """Without autograd: (B, H, W, C) with windows of (B, h, w, C) to (B, H, W, 7, 7)."""
-    if use_triton(source, left):
-        from llava_uhd.vision import adaptive_conv_triton
-
-        return adaptive_conv_triton.correlate(left, source, rule)
+    kernels = gpu_kernels(source, left)
+    if kernels is not None:
+        return kernels.correlate(left, source, rule)
     dtype, source = precise(left, source), source.contiguous()
     result = left.new_empty(*left.shape[:3], TAPS, TAPS, dtype=dtype)
     for item, strip in _parts(source, rule, dtype):
