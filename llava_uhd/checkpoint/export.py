@@ -213,7 +213,8 @@ def _compare(
     for name, text in (("comma_id", ","), ("newline_id", "\n")):
         if getattr(again.image, name) is None:
             setattr(again.image, name, single_token_id(tokenizer, text))
-    notes, refused = [], []
+    notes: list[str] = []
+    refused: list[str] = []
     for name, own, read in _settings(config, again):
         line = f"{name} is {own}, the layout means {read}"
         (notes if name in _FREE or name == "template" else refused).append(line)

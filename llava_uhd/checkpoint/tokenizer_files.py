@@ -14,8 +14,10 @@ from llava_uhd.checkpoint.parts import read_tokenizer
 from llava_uhd.errors import UserError
 from llava_uhd.text.templates import IMAGE_MARKER
 
-TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")
-TOKENIZER_FILES += ("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
+TOKENIZER_FILES = (
+    *("tokenizer.model", "tokenizer.json", "tokenizer_config.json"),
+    *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
+)
 
 # Written by newer libraries, unknown to the published ones.
 _NEW_SETTINGS = ("backend", "is_local", "local_files_only", "processor_class", "image_token")
