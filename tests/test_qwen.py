@@ -17,8 +17,10 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from llava_uhd.checkpoint.assemble import Assembled, assemble
 from llava_uhd.checkpoint.load import load_pretrained
 from llava_uhd.config.model import CompressionConfig, ImageConfig, ProjectorConfig
+from llava_uhd.config.recipe import load_recipe
 from llava_uhd.config.training import ModelSection
 from llava_uhd.data.demo_tokenizer import build_demo_tokenizer
+from llava_uhd.errors import UserError
 from llava_uhd.text.encoding import start_ids
 from llava_uhd.text.layout import single_token_id
 from llava_uhd.text.prompting import prompt_text
@@ -219,16 +221,17 @@ def test_several_ends_of_a_generation_config(made: Assembled, tmp_path: Path) ->
 # --- debug runs -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
-def test_debug_run_keeps_the_kinds_of_parts(train: Train, workplace: Path, stage: str) -> None:
-    recipe = workplace / f"{stage}_qwen.yaml"
+@pytest.mark.parametrize("base", ["uhd_v1/pretrain_vicuna7b", "uhd_v2/finetune_vicuna7b"])
+def test_debug_run_keeps_the_kinds_of_parts(train: Train, workplace: Path, base: str) -> None:
+    name = base.replace("/", "_")
+    recipe = workplace / f"{name}.yaml"
     recipe.write_text(
-        f"base: uhd_v1/{stage}_vicuna7b\n"
+        f"base: {base}\n"
         "model:\n  template: qwen_1_5\n  language_model: pretrained_models/Qwen2-7B-Instruct\n"
         "  vision_tower: pretrained_models/siglip-so400m-patch14-384\n"
         "debug_base: [_base/debug_qwen2, _base/debug_siglip]\n"
     )
-    folder = train(str(recipe), f"out/{stage}_qwen", "--debug", "--trainer.max_steps", "1")
+    folder = train(str(recipe), f"out/{name}", "--debug", "--trainer.max_steps", "1")
     config = json.loads((folder / "config.json").read_text())
     assert config["text_config"]["model_type"] == "qwen2"
     assert config["vision_config"]["model_type"] == "siglip_vision_model"
@@ -242,6 +245,25 @@ def test_debug_run_keeps_the_kinds_of_parts(train: Train, workplace: Path, stage
     assert end in model.generation_config.eos_token_id
     entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert any(entry.get("loss", 0) > 0 for entry in entries)
+
+
+def test_debug_bases_are_laid_over_in_order(tmp_path: Path) -> None:
+    words = ["--debug", "--debug_base", "_base/debug_qwen2", "_base/debug_siglip"]
+    recipe = load_recipe("uhd_v1/finetune_vicuna7b", words)
+    kinds = [
+        part["model_type"] if isinstance(part, dict) else part
+        for part in (recipe.model.language_model, recipe.model.vision_tower)
+    ]
+    assert kinds == ["qwen2", "siglip_vision_model"]
+    assert recipe.debug_base == words[2:]
+    (tmp_path / "again.yaml").write_text(recipe.to_yaml())
+    assert load_recipe(tmp_path / "again.yaml", debug=True) == recipe
+    # Without --debug the key says only what would be.
+    assert load_recipe("uhd_v1/finetune_vicuna7b", words[1:]).debug is False
+    own = [*words, "--model.language_model", "models/mine"]
+    assert load_recipe("uhd_v1/finetune_vicuna7b", own).model.language_model == "models/mine"
+    with pytest.raises(UserError, match="unknown recipe '_base/debug_qwen9'"):
+        load_recipe("uhd_v1/finetune_vicuna7b", ["--debug", "--debug_base", "_base/debug_qwen9"])
 
 
 def test_the_demo_tokenizer_is_the_same_without_marks() -> None:

@@ -156,11 +156,15 @@ def load_kind(
     debug = debug or any(name == "debug" and parse_scalar(value) is True for name, value in words)
     flat: Flat = {}
     _apply_file(flat, path, (), kind)
+    for name, value in words:
+        if name == "debug_base":  # its place is before the command line
+            assign(flat, name, value, kind.keys())
     if debug:
         for overlay in (kind.debug_overlay, *_listed(flat.get("debug_base"))):
             _apply_file(flat, find_recipe(overlay), (), kind)
     flat.setdefault("name", recipe_name(path))
-    _apply_words(flat, [(name, value) for name, value in words if name != "debug"], kind)
+    used = ("debug", "debug_base")
+    _apply_words(flat, [(name, value) for name, value in words if name not in used], kind)
     try:
         return kind.make(flat)
     except UserError as error:
