@@ -1,4 +1,8 @@
-"""``python -m llava_uhd.inspect IMAGE``: how a model sees an image, in numbers and as a picture."""
+"""``python -m llava_uhd.inspect IMAGE``: how a model sees an image, in numbers and as a picture.
+
+With ``--pyramid CHECKPOINT`` (a LLaVA-UHD v2 model, or the folder of an upsampler): its feature
+maps at 1x, 2x, 4x beside the image, coloured by their three strongest directions.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from llava_uhd.checkpoint.pyramid import open_pyramid
 from llava_uhd.checkpoint.shapes import describe_recipe
 from llava_uhd.config.model import LlavaUHDConfig
 from llava_uhd.config.recipe import load_recipe
@@ -25,6 +30,9 @@ DEFAULT_RECIPE = "uhd_v1/finetune_vicuna7b"
 def main() -> None:
     """Prints the plan of one image and writes its picture."""
     options = parse()
+    if options.pyramid is not None:
+        show_pyramid(options)
+        return
     recipe = load_recipe(options.recipe)
     config = describe_recipe(recipe)
     image, plan = prepare(open_image(options.image), config, recipe.data.overview_only)
@@ -36,12 +44,25 @@ def main() -> None:
     print(f"Picture of the views: {output}")
 
 
+def show_pyramid(options: argparse.Namespace) -> None:
+    """Writes the picture of the feature maps."""
+    image = open_image(options.image)
+    output = picture_path(options.image, options.output, "pyramid")
+    save_picture(open_pyramid(options.pyramid).picture(image), output)
+    print(f"Picture of the feature maps: {output}")
+
+
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m llava_uhd.inspect", description=__doc__)
     parser.add_argument("image", type=Path, metavar="IMAGE", help="image file")
     parser.add_argument("--recipe", default=DEFAULT_RECIPE, help="whose model looks at it")
-    parser.add_argument("--output", type=Path, metavar="PNG", help="default: IMAGE_slices.png here")
+    parser.add_argument(
+        "--pyramid", metavar="CHECKPOINT", help="show its feature maps instead of the views"
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="PNG", help="default: IMAGE_slices.png or _pyramid.png here"
+    )
     return parser.parse_args()
 
 
@@ -115,13 +136,13 @@ def token_layout(plan: SlicePlan, counts: list[int], layout: str = "slices") -> 
     return [*rows, f"[overview: {counts[-1]}]"]
 
 
-def picture_path(image: Path, output: Path | None) -> Path:
+def picture_path(image: Path, output: Path | None, kind: str = "slices") -> Path:
     """Where the picture goes.
 
     Raises:
         UserError: the name has no picture format, or the image itself would be overwritten.
     """
-    path = output or Path(f"{image.stem}_slices.png")
+    path = output or Path(f"{image.stem}_{kind}.png")
     if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise UserError(f"--output {path} must end in .png, .jpg or .webp")
     if path.exists() and path.resolve() == image.resolve():

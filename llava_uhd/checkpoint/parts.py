@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -18,8 +19,10 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as library_logging
 
 from llava_uhd.checkpoint.projector_names import our_projector_key
+from llava_uhd.checkpoint.sources import resolve_folder
 from llava_uhd.checkpoint.weights import (
     Tensors,
+    check_state,
     first_line,
     read_folder,
     read_json,
@@ -28,7 +31,7 @@ from llava_uhd.checkpoint.weights import (
 )
 from llava_uhd.config.model import LlavaUHDConfig, ProjectorConfig, make_config
 from llava_uhd.errors import UserError
-from llava_uhd.vision.towers import TOWERS, num_built_layers
+from llava_uhd.vision.towers import TOWERS, VisionTower, num_built_layers
 
 PROJECTOR_FILE = "projector.safetensors"
 PUBLISHED_PROJECTOR_FILE = "mm_projector.bin"
@@ -98,6 +101,29 @@ def read_tower(folder: Path, config: PreTrainedConfig, select_layer: int) -> Ten
         if ours is not None:
             state[f"vision_tower.{ours}"] = tensor
     return state
+
+
+def open_tower(path: str | Path, select_layer: int) -> VisionTower:
+    """A vision tower alone, with its weights in float32, in evaluation mode.
+
+    Args:
+        path: folder or hub id.
+        select_layer: hidden state that is returned.
+
+    Raises:
+        UserError: missing folder, or weights that do not fit.
+    """
+    folder = resolve_folder(path, "vision tower")
+    config = read_tower_config(folder)
+    state = {
+        name.removeprefix("vision_tower."): tensor.float()
+        for name, tensor in read_tower(folder, config, select_layer).items()
+    }
+    with torch.device("meta"):
+        tower = VisionTower(config, select_layer)
+    check_state(tower, state, f"vision tower {folder}")
+    tower.load_state_dict(state, assign=True)
+    return tower.eval()
 
 
 def read_language_config(folder: Path) -> PreTrainedConfig:

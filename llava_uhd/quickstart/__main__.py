@@ -21,29 +21,9 @@ from rich.table import Table
 from llava_uhd.checkpoint.manifest import write_whole
 from llava_uhd.errors import UserError, command
 from llava_uhd.quickstart.report import Arm, write_report
+from llava_uhd.quickstart.systems import SYSTEMS, Reading, System
 
 console = Console(highlight=False)
-
-TIMES_FILE = "times.json"
-
-# name -> (recipe of the second stage, title, what it shows)
-ARMS = {
-    "quickstart": (
-        "quickstart/finetune",
-        "native-resolution slices",
-        "slices cut from the picture at its own resolution, and the overview",
-    ),
-    "quickstart-squeeze": (
-        "quickstart/finetune_squeeze",
-        "one low-resolution square",
-        "the whole picture squeezed into one square view, as fixed-resolution models read it",
-    ),
-    "quickstart-blurred": (
-        "quickstart/finetune_blurred",
-        "slices without detail",
-        "the same slices and as many tokens, cut from a low-resolution copy blown up again",
-    ),
-}
 
 METRICS = {"sign_exact": "sign exact", "digit_accuracy": "digits", "mark_exact": "mark exact"}
 
@@ -56,19 +36,31 @@ class Run:
     """One call of the quickstart.
 
     Attributes:
+        system: what is shown.
         root: folder of the checkpoints.
         short: few steps and questions.
         seed: of both training stages; None keeps the recipes'.
     """
 
+    system: System
     root: Path
     short: bool
     seed: int | None
 
     @property
+    def vdim(self) -> Path:
+        """Output of the upsampler's pre-training."""
+        return self.root / self.system.vdim_folder
+
+    @property
     def pretrained(self) -> Path:
         """Output of the first stage."""
-        return self.root / "quickstart-pretrain"
+        return self.root / self.system.pretrain_folder
+
+    @property
+    def times_file(self) -> Path:
+        """Seconds of the steps done so far."""
+        return self.root / f"{self.system.main.folder}.times.json"
 
     def training_words(self) -> list[str]:
         """Overrides that every training command gets."""
@@ -78,42 +70,57 @@ class Run:
 
 def main() -> None:
     """Command line, see the module's first line."""
-    options = parse()
-    run = Run(options.output_dir, options.short, options.seed)
-    arms = list(ARMS) if options.compare else ["quickstart"]
+    run, compare = parse()
     started = time.perf_counter()
+    system = run.system
+    words: list[str] = []
+    if system.vdim is not None:
+        title = "VDIM: the upsampler learns to add detail to feature maps"
+        step(run, "vdim", title, train_command(run, system.vdim, run.vdim))
+        words = ["--model.upsampler_file", str(run.vdim)]
+    title = "Pretrain: projector and the small language model learn to read single tiles"
+    step(run, "pretrain", title, train_command(run, system.pretrain, run.pretrained, words))
+    for reading in (system.main, *(system.controls if compare else ())):
+        teach(run, reading)
+    readings = (system.main, *system.controls)
+    evaluated = [
+        Arm(run.root / each.folder, each.title, each.description)
+        for each in readings
+        if _is_evaluated(run.root / each.folder)
+    ]
+    folder = run.root / system.main.folder
+    vdim = run.vdim if system.vdim is not None else None
+    report = write_report(folder, evaluated, run.pretrained, _times(run), vdim)
+    show_scores(evaluated)
+    conclude(folder, report, (time.perf_counter() - started) / 60)
+
+
+def teach(run: Run, reading: Reading) -> None:
+    """Second stage and evaluation of one way to read."""
+    folder = run.root / reading.folder
+    words = ["--model.checkpoint", str(run.pretrained)]
     step(
         run,
-        "pretrain",
-        "Pretrain: projector and the small language model learn to read single tiles",
-        train_command(run, "quickstart/pretrain", run.pretrained),
+        f"finetune {reading.folder}",
+        f"Finetune: {reading.title}",
+        train_command(run, reading.recipe, folder, words),
     )
-    for name in arms:
-        recipe, title, _ = ARMS[name]
-        folder = run.root / name
-        words = ["--model.checkpoint", str(run.pretrained)]
-        step(
-            run,
-            f"finetune {name}",
-            f"Finetune: {title}",
-            train_command(run, recipe, folder, words),
-        )
-        evaluate = ["llava_uhd.eval", "run", str(folder), "--tasks", "synthetic"]
-        limit = ["--limit", "8"] if run.short else []
-        step(run, f"eval {name}", f"Evaluate: {title}", [*evaluate, *limit])
-    evaluated = [
-        Arm(run.root / name, *ARMS[name][1:]) for name in ARMS if _is_evaluated(run.root / name)
-    ]
-    report = write_report(run.root / "quickstart", evaluated, run.pretrained, _times(run))
-    show_scores(evaluated)
-    minutes = (time.perf_counter() - started) / 60
-    conclude(run, report, minutes)
+    evaluate = ["llava_uhd.eval", "run", str(folder), "--tasks", "synthetic"]
+    limit = ["--limit", "8"] if run.short else []
+    step(run, f"eval {reading.folder}", f"Evaluate: {reading.title}", [*evaluate, *limit])
 
 
-def parse() -> argparse.Namespace:
-    """Reads the command line."""
+def parse() -> tuple[Run, bool]:
+    """Reads the command line: the run, and whether the control arms are trained too.
+
+    Raises:
+        UserError: unknown system, or one without control arms and ``--compare``.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m llava_uhd.quickstart", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument(
+        "system", nargs="?", default="uhd_v1", help=f"one of {', '.join(SYSTEMS.names())}"
     )
     parser.add_argument(
         "--compare", action="store_true", help="also train and evaluate the two control arms"
@@ -121,13 +128,18 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--short", action="store_true", help="every step, but hardly any training")
     parser.add_argument("--output-dir", type=Path, default=Path("checkpoints"))
     parser.add_argument("--seed", type=int, help="seed of the training; default: the recipes'")
-    return parser.parse_args()
+    options = parser.parse_args()
+    system = SYSTEMS.get(options.system)
+    if options.compare and not system.controls:
+        raise UserError(f"--compare: {options.system} has no control arms; uhd_v1 has")
+    return Run(system, options.output_dir, options.short, options.seed), options.compare
 
 
 def train_command(run: Run, recipe: str, folder: Path, words: list[str] | None = None) -> list[str]:
     """Module and arguments of one training stage."""
     output = ["--trainer.output_dir", str(folder)]
-    return ["llava_uhd.train", recipe, *output, *(words or []), *run.training_words()]
+    module = "llava_uhd.train.vdim" if recipe == run.system.vdim else "llava_uhd.train"
+    return [module, recipe, *output, *(words or []), *run.training_words()]
 
 
 def step(run: Run, name: str, title: str, words: list[str]) -> None:
@@ -152,8 +164,7 @@ def step(run: Run, name: str, title: str, words: list[str]) -> None:
     # A step that had been done before takes a moment: its first time is the one worth keeping.
     times[name] = max(seconds, times.get(name, 0.0))
     run.root.mkdir(parents=True, exist_ok=True)
-    (run.root / "quickstart-pretrain").mkdir(exist_ok=True)
-    write_whole(run.pretrained / TIMES_FILE, json.dumps(times, indent=2) + "\n")
+    write_whole(run.times_file, json.dumps(times, indent=2) + "\n")
 
 
 def environment() -> dict[str, str]:
@@ -167,7 +178,7 @@ def environment() -> dict[str, str]:
 
 def _times(run: Run) -> dict[str, float]:
     """Seconds of the steps done so far."""
-    path = run.pretrained / TIMES_FILE
+    path = run.times_file
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
@@ -188,9 +199,8 @@ def show_scores(arms: list[Arm]) -> None:
     console.print(table)
 
 
-def conclude(run: Run, report: Path, minutes: float) -> None:
+def conclude(folder: Path, report: Path, minutes: float) -> None:
     """Says where everything is and how to talk to the model."""
-    folder = run.root / "quickstart"
     console.rule("[bold]Done")
     console.print(f"{minutes:.1f} minutes. Report with pictures: {report}", soft_wrap=True)
     picture = Path("playground/data/quickstart/images/eval/000000.png")

@@ -13,6 +13,8 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 from PIL import Image
 
 from llava_uhd.checkpoint.load import load_pretrained
+from llava_uhd.checkpoint.manifest import read_manifest
+from llava_uhd.checkpoint.pyramid import Pyramid
 from llava_uhd.images.pictures import slice_grid_picture
 from llava_uhd.images.pixels import open_image
 from llava_uhd.model.modeling import LlavaUHDForConditionalGeneration
@@ -116,7 +118,13 @@ def _by_border(items: list[dict[str, Any]]) -> list[tuple[str, int, float]]:
     return [(kind, len(v), sum(v) / len(v)) for kind, v in sorted(groups.items())]
 
 
-def write_report(folder: Path, arms: list[Arm], pretrained: Path, times: dict[str, float]) -> Path:
+def write_report(
+    folder: Path,
+    arms: list[Arm],
+    pretrained: Path,
+    times: dict[str, float],
+    vdim: Path | None = None,
+) -> Path:
     """Writes the report into the output folder of the finished model.
 
     Args:
@@ -124,23 +132,26 @@ def write_report(folder: Path, arms: list[Arm], pretrained: Path, times: dict[st
         arms: all evaluated models, that one first.
         pretrained: output folder of the first stage.
         times: step -> seconds.
+        vdim: output folder of the upsampler's pre-training, if there was one.
 
     Returns:
         The HTML file.
     """
     model, processor = load_pretrained(folder)
     main = arms[0]
+    pyramid = Pyramid.of_model(model) if vdim is not None else None
     grids = []
     for path in dict.fromkeys(item["images"][0] for item in main.items[:3]):
         image = open_image(path)
-        grids.append(_grid(processor, image, Path(path).name))
+        grids.append(_grid(processor, image, Path(path).name, pyramid))
     photos = []
     for name, image in photographs().items():
-        shown = _grid(processor, image, name)
+        shown = _grid(processor, image, name, pyramid)
         said = answer(model, processor, image, PHOTO_QUESTION)
         photos.append({**shown, "question": PHOTO_QUESTION, "answer": said})
     curve = folder / "curves.png"
-    folders = {"pretrain": pretrained, **{arm.title: arm.folder for arm in arms}}
+    first = {"pretrain": pretrained} if vdim is None else {"VDIM": vdim, "pretrain": pretrained}
+    folders = {**first, **{arm.title: arm.folder for arm in arms}}
     drawn = draw_loss(folders, curve)
     environment = Environment(
         loader=PackageLoader("llava_uhd", "assets"), autoescape=select_autoescape()
@@ -152,6 +163,7 @@ def write_report(folder: Path, arms: list[Arm], pretrained: Path, times: dict[st
         photos=photos,
         samples=_samples(main.items),
         borders=_by_border(main.items),
+        upsampling=read_manifest(vdim).get("measured", []) if vdim is not None else [],
         curve=data_uri(Image.open(curve)) if drawn else None,
         folder=folder,
     )
@@ -160,7 +172,9 @@ def write_report(folder: Path, arms: list[Arm], pretrained: Path, times: dict[st
     return target
 
 
-def _grid(processor: LlavaUHDProcessor, image: Image.Image, name: str) -> dict[str, Any]:
+def _grid(
+    processor: LlavaUHDProcessor, image: Image.Image, name: str, pyramid: Pyramid | None
+) -> dict[str, Any]:
     plan = processor.plan(*image.size)
     return {
         "name": name,
@@ -168,4 +182,5 @@ def _grid(processor: LlavaUHDProcessor, image: Image.Image, name: str) -> dict[s
         "grid": f"{plan.grid[0]} x {plan.grid[1]} slices" if plan.grid else "not cut",
         "tokens": processor.num_image_tokens(*image.size),
         "picture": data_uri(slice_grid_picture(image, plan)),
+        "maps": data_uri(pyramid.picture(image)) if pyramid is not None else None,
     }

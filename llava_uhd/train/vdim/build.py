@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-
-from llava_uhd.checkpoint.parts import read_tower, read_tower_config
-from llava_uhd.checkpoint.sources import resolve_folder
-from llava_uhd.checkpoint.weights import check_state
+from llava_uhd.checkpoint.parts import open_tower
 from llava_uhd.config.model import ImageConfig, make_config
 from llava_uhd.config.vdim import IMAGENET, VdimRecipe
 from llava_uhd.errors import UserError
@@ -36,17 +32,7 @@ def build_tower(recipe: VdimRecipe) -> VisionTower:
             if callable(reset):
                 reset()
         return tower
-    folder = resolve_folder(path, "vision tower")
-    config = read_tower_config(folder)
-    state = {
-        name.removeprefix("vision_tower."): tensor.float()
-        for name, tensor in read_tower(folder, config, layer).items()
-    }
-    with torch.device("meta"):
-        tower = VisionTower(config, layer)
-    check_state(tower, state, f"vision tower {folder}")
-    tower.load_state_dict(state, assign=True)
-    return tower
+    return open_tower(path, layer)
 
 
 def build_module(recipe: VdimRecipe) -> VdimModule:

@@ -23,12 +23,12 @@ from llava_uhd.checkpoint.vdim import VDIM_FILE, write_published_vdim, write_vdi
 from llava_uhd.config.vdim import VdimRecipe
 from llava_uhd.data.sampler import SeededSampler
 from llava_uhd.errors import UserError
+from llava_uhd.images.feature_pictures import pyramid_picture, stack_sheets
 from llava_uhd.train.trainer import TRAINABLE_FILE
 from llava_uhd.train.vdim.data import Pictures, PictureSet, Transform, batches
 from llava_uhd.train.vdim.draws import seed_of
 from llava_uhd.train.vdim.measure import measure
 from llava_uhd.train.vdim.module import VdimModule
-from llava_uhd.train.vdim.pictures import pyramid_picture, stack_sheets
 
 logger = logging.getLogger(__name__)
 
