@@ -76,6 +76,11 @@ def call(
         (["finetune.sh", "--debug"], "llava_uhd.train uhd_v1/finetune_vicuna7b --debug"),
         (["pretrain.sh", "a/b", "--c.d", "e f"], "llava_uhd.train a/b --c.d e f"),
         (["eval.sh", "folder"], "llava_uhd.eval run folder"),
+        (["scripts/train.sh"], "llava_uhd.train.sequence uhd_v2/vicuna7b"),
+        (["scripts/train.sh", "--debug"], "llava_uhd.train.sequence uhd_v2/vicuna7b --debug"),
+        (["scripts/train.sh", "a/b", "--x", "1"], "llava_uhd.train.sequence a/b --x 1"),
+        (["model-train.sh"], "llava_uhd.train.sequence uhd_v2/vicuna7b --evaluate"),
+        (["model-train.sh", "a", "--x"], "llava_uhd.train.sequence a --x --evaluate"),
         (["eval.sh", "folder", "a,b", "--x", "1"], "llava_uhd.eval run folder --tasks a,b --x 1"),
         (["eval.sh", "folder", "--x", "1"], "llava_uhd.eval run folder --x 1"),
     ],
@@ -83,7 +88,9 @@ def call(
 def test_launchers(
     environment: dict[str, str], shell: str, words: list[str], expected: str
 ) -> None:
-    for folder in ("", "scripts/"):
+    # The commands of the repository's root are also under scripts, but for those two.
+    places = ("", "scripts/") if words[0] in ("pretrain.sh", "finetune.sh", "eval.sh") else ("",)
+    for folder in places:
         status, _, asked = call(environment, shell, folder + words[0], *words[1:])
         assert status == 0
         assert asked == [f"{ROOT}: -m {expected}"]

@@ -1,0 +1,225 @@
+"""Both stages of a recipe set in a row, and the evaluation of the result.
+
+::
+
+    python -m llava_uhd.train.sequence SET [--evaluate [TASKS]] [--section.key value ...]
+
+SET is FOLDER/NAME for the recipes FOLDER/pretrain_NAME and FOLDER/finetune_NAME, or a folder that
+holds recipes called pretrain and finetune. Options go to both stages; --pretrain.OPTION,
+--finetune.OPTION and --evaluate.OPTION to one of them; --output_dir DIR to the second stage, the
+first one then writes DIR-pretrain. A stage that is finished is not trained again, and one that was
+broken off goes on from its last checkpoint: after an interruption repeat the command.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from llava_uhd.config.recipe import list_recipes, load_recipe
+from llava_uhd.config.training import Recipe
+from llava_uhd.errors import UserError, command
+from llava_uhd.registry import nearest_hint
+from llava_uhd.train.output import is_finished
+
+STAGES = ("pretrain", "finetune")
+EVALUATE = "evaluate"
+OUTPUT_OPTIONS = ("output_dir", "trainer.output_dir")
+
+# An option with its values: ["--data.path", "a.json", "b.json"].
+Option = list[str]
+
+
+@dataclass
+class Step:
+    """One stage of the sequence.
+
+    Attributes:
+        stage: "pretrain" or "finetune".
+        name: of the recipe.
+        options: of the command line.
+    """
+
+    stage: str
+    name: str
+    options: list[str]
+
+    @property
+    def recipe(self) -> Recipe:
+        """With the options on top."""
+        return load_recipe(self.name, self.options)
+
+
+@dataclass
+class Plan:
+    """What a command asks for.
+
+    Attributes:
+        steps: stages in their order.
+        evaluate: words for the evaluation, None without one.
+    """
+
+    steps: list[Step] = field(default_factory=list)
+    evaluate: list[str] | None = None
+
+
+def recipe_sets() -> dict[str, tuple[str, ...]]:
+    """Every set and the recipes of its stages.
+
+    Example: ``"uhd_v2/vicuna7b"`` has ``uhd_v2/pretrain_vicuna7b`` and
+    ``uhd_v2/finetune_vicuna7b``; ``"debug"`` has ``debug/pretrain`` and ``debug/finetune``.
+    """
+    names = set(list_recipes())
+    sets = {}
+    for last in sorted(names):
+        folder, _, recipe = last.rpartition("/")
+        if recipe == STAGES[-1]:
+            sets[folder] = tuple(f"{folder}/{stage}" for stage in STAGES)
+        elif recipe.startswith(f"{STAGES[-1]}_"):
+            own = recipe.removeprefix(f"{STAGES[-1]}_")
+            sets[f"{folder}/{own}"] = tuple(f"{folder}/{stage}_{own}" for stage in STAGES)
+    return {name: recipes for name, recipes in sets.items() if names.issuperset(recipes)}
+
+
+def split_options(words: Sequence[str]) -> list[Option]:
+    """A command line as options, each with its values.
+
+    Raises:
+        UserError: a word that belongs to no option.
+    """
+    options: list[Option] = []
+    for word in words:
+        if word.startswith("--"):
+            options.append([word])
+        elif not options:
+            raise UserError(f"'{word}' belongs to no option: options look like --section.key value")
+        else:
+            options[-1].append(word)
+    return options
+
+
+def make_plan(name: str, words: Sequence[str]) -> Plan:
+    """What to run for a set and the options behind it.
+
+    Raises:
+        UserError: an unknown set or option.
+    """
+    sets = recipe_sets()
+    if name not in sets:
+        hint = nearest_hint(name, list(sets))
+        raise UserError(f"unknown recipe set '{name}'{hint} (known: {', '.join(sets)})")
+    plan = Plan([Step(stage, recipe, []) for stage, recipe in zip(STAGES, sets[name], strict=True)])
+    own: list[str] = []  # of the evaluation
+    for flag, *values in split_options(words):
+        option, equals, value = flag[2:].partition("=")
+        values = [value, *values] if equals else values
+        head, _, rest = option.partition(".")
+        if option == EVALUATE:
+            plan.evaluate = ["--tasks", *values] if values else plan.evaluate or []
+        elif head == EVALUATE and rest:
+            own += [f"--{rest}", *values]
+        elif option in OUTPUT_OPTIONS and len(values) == 1:
+            for step in plan.steps:
+                ending = "" if step is plan.steps[-1] else f"-{step.stage}"
+                step.options += ["--trainer.output_dir", values[0].rstrip("/") + ending]
+        else:
+            for step in plan.steps:
+                if head == step.stage and rest:
+                    step.options += [f"--{rest}", *values]
+                elif head not in STAGES:
+                    step.options += [f"--{option}", *values]
+    if own and plan.evaluate is None:
+        raise UserError(f"{own[0].replace('--', f'--{EVALUATE}.')} needs --{EVALUATE}")
+    link(plan)
+    if plan.evaluate is not None:
+        plan.evaluate = evaluation(plan, [*plan.evaluate, *own])
+    return plan
+
+
+def link(plan: Plan) -> None:
+    """Lets the second stage read what the first one writes, unless its options name another place.
+
+    The recipes of a set do that already; options such as --debug move the folders.
+    """
+    first, second = plan.steps
+    written, recipe = first.recipe.output_dir, second.recipe
+    for key in ("checkpoint", "projector_file"):
+        found = getattr(recipe.model, key)
+        flags = {f"--model.{key}", "--pretrain_mm_mlp_adapter"}
+        if found == written or flags.intersection(second.options):
+            return
+    key = "checkpoint" if recipe.model.checkpoint is not None else "projector_file"
+    second.options += [f"--model.{key}", written]
+
+
+def evaluation(plan: Plan, words: list[str]) -> list[str]:
+    """Words for the evaluation: a model of embedded data gets the questions drawn with them."""
+    embedded = plan.steps[-1].recipe.data.embedded
+    if embedded is not None and "--tasks" not in words:
+        words = ["--tasks", "synthetic", *words]
+        if "--data-root" not in words:
+            words += ["--data-root", f"playground/data/{embedded}"]
+    return words
+
+
+def run(plan: Plan, scripts: Path) -> int:
+    """Trains what is not finished, then evaluates; stops at the first failure.
+
+    Args:
+        plan: from `make_plan`.
+        scripts: folder of ``pretrain.sh``, ``finetune.sh`` and ``eval.sh``.
+
+    Returns:
+        Status of the last command.
+    """
+    recipes = [step.recipe for step in plan.steps]
+    finished = [place for place, recipe in enumerate(recipes) if is_finished(recipe)]
+    for place, (step, recipe) in enumerate(zip(plan.steps, recipes, strict=True)):
+        if finished and place <= finished[-1]:
+            # A finished later stage needs the earlier ones no more, even if they were removed.
+            print(f"{step.name}: finished ({recipe.output_dir}), not trained again", flush=True)
+            continue
+        print(f"{step.name}: training, into {recipe.output_dir}", flush=True)
+        status = call(scripts / f"{step.stage}.sh", step.name, *step.options)
+        if status:
+            return status
+    if plan.evaluate is None:
+        return 0
+    print(f"evaluating {recipes[-1].output_dir}", flush=True)
+    return call(scripts / "eval.sh", recipes[-1].output_dir, *plan.evaluate)
+
+
+def call(script: Path, *words: str) -> int:
+    """Runs a script; its status, or 128 and the number of the signal that ended it."""
+    status = subprocess.run(["sh", str(script), *words], check=False).returncode
+    return status if status >= 0 else 128 - status
+
+
+def main() -> int:
+    """Runs the command in the repository, from which all paths count."""
+    words = sys.argv[1:]
+    if not words or {"-h", "--help"}.intersection(words):
+        print((__doc__ or "").strip())
+        print("\nSets: " + ", ".join(recipe_sets()))
+        return 0
+    root = Path(__file__).resolve().parents[2]
+    scripts = root / "scripts"
+    if not (scripts / "pretrain.sh").is_file():
+        raise UserError(f"{scripts} does not exist: run from a clone of the repository")
+    os.chdir(root)
+    # What a flag does not do is told by the stages themselves.
+    logging.getLogger("llava_uhd").setLevel(logging.ERROR)
+    if words[0].startswith("-"):
+        raise UserError(
+            f"which recipe set? {words[0]} is an option; known: {', '.join(recipe_sets())}"
+        )
+    return run(make_plan(words[0], words[1:]), scripts)
+
+
+if __name__ == "__main__":
+    command(main)
