@@ -282,7 +282,7 @@ def test_rotary_settings_survive() -> None:
         ({"target": "uhd_v3"}, r"unknown layout 'uhd_v3'; did you mean 'uhd_v\d'"),
         ({"out": "ours"}, "is not empty: choose another folder"),
         ({"keep_unused": "nothing"}, "has no published weights"),
-        ({"keep_unused": "ours"}, "is not part of the LLaVA-UHD v2 layout"),
+        ({"keep_unused": "ours"}, "are not part of the LLaVA-UHD v2 layout"),
         ({"tokenizer": "nothing"}, "has no tokenizer files"),
     ],
 )

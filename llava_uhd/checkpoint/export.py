@@ -19,7 +19,7 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from llava_uhd.checkpoint.load import build_model, open_checkpoint
+from llava_uhd.checkpoint.load import build_model, open_checkpoint, stored_names
 from llava_uhd.checkpoint.manifest import read_manifest, write_manifest, write_whole
 from llava_uhd.checkpoint.parts import (
     PROJECTOR_FILE,
@@ -28,7 +28,7 @@ from llava_uhd.checkpoint.parts import (
     read_projector,
     read_tokenizer,
 )
-from llava_uhd.checkpoint.published import LAYOUTS, Layout, our_key, published_key
+from llava_uhd.checkpoint.published import LAYOUTS, Layout, key_map, published_key
 from llava_uhd.checkpoint.published.towers import hub_name, tower_habits
 from llava_uhd.checkpoint.published.values import common_values, text_values
 from llava_uhd.checkpoint.tokenizer_files import holds_tokenizer, write_tokenizer
@@ -264,23 +264,22 @@ def _unused_weights(
     dtype: torch.dtype | None,
 ) -> Tensors:
     """Weights of a published folder that the layout lists as unused."""
-    if weight_files(folder):
-        found = read_folder(folder)
-    elif (folder / PUBLISHED_PROJECTOR_FILE).is_file():
-        found = dict(read_tensors(folder / PUBLISHED_PROJECTOR_FILE))
-    else:
+    names = stored_names(folder)
+    if not names:
         raise UserError(f"--keep-unused {folder} has no published weights")
-    unused: Tensors = {}
-    for key, tensor in found.items():
-        try:
-            dead = our_key(layout, key, config) is None
-        except KeyError:
-            raise UserError(
-                f"--keep-unused {folder}: its weight {key} is not part of the {layout.name} layout"
-            ) from None
-        if dead and key not in weights:
-            unused[key] = tensor if dtype is None else _cast(tensor, dtype)
-    return unused
+    try:
+        used = key_map(layout, names, config)
+    except UserError as error:
+        raise UserError(f"--keep-unused {folder}: {error}") from None
+    dead = set(names) - used.keys() - weights.keys()
+    if weight_files(folder):
+        found = read_folder(folder, dead.__contains__)
+    else:
+        tensors = read_tensors(folder / PUBLISHED_PROJECTOR_FILE)
+        found = {key: tensor for key, tensor in tensors if key in dead}
+    if dtype is not None:
+        found = {key: _cast(tensor, dtype) for key, tensor in found.items()}
+    return found
 
 
 def _write_weights(out: Path, weights: Tensors, whole: bool) -> None:

@@ -27,7 +27,7 @@ from llava_uhd.checkpoint.published import (
     Layout,
     find_layout,
     find_tower,
-    our_state,
+    key_map,
     tower_config_by_name,
 )
 from llava_uhd.checkpoint.published.values import VDIM_KEYS
@@ -116,14 +116,7 @@ def open_checkpoint(
     values = read_json(folder / "config.json")
     if values.get("model_type") == "llava_uhd":
         return _open_ours(folder, base, vision_tower)
-    names = stored_names(folder)
-    layout = find_layout(values, names)
-    if layout is None:
-        raise UserError(
-            f"{folder}/config.json has model_type '{values.get('model_type')}' and projector "
-            f"'{values.get('mm_projector_type')}': not a LLaVA-UHD model that loads here"
-        )
-    return _open_published(folder, values, layout, base, vision_tower)
+    return _open_published(folder, values, base, vision_tower)
 
 
 def stored_names(folder: Path) -> list[str]:
@@ -251,41 +244,71 @@ def _open_ours(folder: Path, base: str | Path | None, vision_tower: str | Path |
     return config, state, processor
 
 
-def _open_published(
-    folder: Path,
-    values: dict[str, Any],
-    layout: Layout,
-    base: str | Path | None,
-    vision_tower: str | Path | None,
-) -> Opened:
-    """Configuration, weights under our names, and processor of a published folder."""
-    weights = read_folder(folder) if weight_files(folder) else {}
-    if vision_tower is not None:
-        tower: Path | None = resolve_folder(vision_tower, "vision tower")
-    else:
-        tower = find_tower(values, folder)
+def published_config(
+    folder: Path, values: dict[str, Any], names: list[str], tower: Path | None
+) -> tuple[Layout, LlavaUHDConfig]:
+    """Layout and configuration of a published folder.
+
+    Args:
+        folder: of the checkpoint, for messages.
+        values: of its ``config.json``.
+        names: of its weights.
+        tower: folder of its vision tower, or None where that is not here.
+
+    Raises:
+        UserError: unknown layout, unknown tower, or values that mean no model.
+    """
+    layout = find_layout(values, names)
+    if layout is None:
+        raise UserError(
+            f"{folder}/config.json has model_type '{values.get('model_type')}' and projector "
+            f"'{values.get('mm_projector_type')}': not a LLaVA-UHD model that loads here"
+        )
     vision = read_tower_config(tower) if tower else tower_config_by_name(values)
     if vision is None:
         raise UserError(
             f"{folder}: its vision tower '{values.get('mm_vision_tower')}' is not here: pass "
             "vision_tower=FOLDER (a CLIP or SigLIP folder of transformers)"
         )
-    config = layout.make_config(values, vision, list(weights) or stored_names(folder))
     try:
-        state = our_state(layout, weights, config)
+        return layout, layout.make_config(values, vision, names)
+    except UserError as error:
+        raise UserError(f"{folder}/config.json: {error}") from error
+
+
+def _open_published(
+    folder: Path,
+    values: dict[str, Any],
+    base: str | Path | None,
+    vision_tower: str | Path | None,
+) -> Opened:
+    """Configuration, weights under our names, and processor of a published folder."""
+    tower: Path | None
+    if vision_tower is not None:
+        tower = resolve_folder(vision_tower, "vision tower")
+    else:
+        tower = find_tower(values, folder)
+    names = stored_names(folder)
+    layout, config = published_config(folder, values, names, tower)
+    try:
+        table = key_map(layout, names, config)
     except UserError as error:
         raise UserError(f"checkpoint {folder}: {error}") from None
-    if not weights:
-        if base is None:
-            file = find_projector(folder).name
-            raise UserError(
-                f"{folder} holds only {file}: pass base=FOLDER, the language model it was trained "
-                f"with (recorded: '{values.get('_name_or_path')}')"
-            )
+    if weight_files(folder):
+        # Weights that nothing uses, a whole second tower among them, are not even read.
+        weights = read_folder(folder, table.__contains__)
+        state = {table[name]: tensor for name, tensor in weights.items()}
+    elif base is None:
+        file = find_projector(folder).name
+        raise UserError(
+            f"{folder} holds only {file}: pass base=FOLDER, the language model it was trained "
+            f"with (recorded: '{values.get('_name_or_path')}')"
+        )
+    else:
         state = read_language_model(resolve_folder(base, "language model"))
         state |= read_projector(folder, config)
     state |= _recorded_upsampler(folder, values, config, state)
-    if vision_tower is not None or not any(key.startswith(VISION_PREFIX) for key in weights):
+    if vision_tower is not None or not any(name.startswith(VISION_PREFIX) for name in names):
         if tower is None:
             raise UserError(
                 f"{folder} has no vision weights, and '{values.get('mm_vision_tower')}' is not "

@@ -9,18 +9,13 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from llava_uhd.checkpoint.assemble import overlay
-from llava_uhd.checkpoint.load import stored_names
+from llava_uhd.checkpoint.load import published_config, stored_names
 from llava_uhd.checkpoint.parts import (
     read_language_config,
     read_model_config,
     read_tower_config,
 )
-from llava_uhd.checkpoint.published import (
-    KNOWN_TOWERS,
-    find_layout,
-    find_tower,
-    tower_config_by_name,
-)
+from llava_uhd.checkpoint.published import KNOWN_TOWERS, find_tower
 from llava_uhd.checkpoint.weights import read_json
 from llava_uhd.config.model import CompressionConfig, ImageConfig, LlavaUHDConfig, make_config
 from llava_uhd.config.training import Recipe
@@ -129,13 +124,8 @@ def describe_checkpoint(path: str | Path) -> LlavaUHDConfig:
     values = read_json(folder / "config.json")
     if values.get("model_type") == "llava_uhd":
         return read_model_config(folder)
-    names = stored_names(folder)
-    layout = find_layout(values, names)
     tower = find_tower(values, folder)
-    vision = read_tower_config(tower) if tower else tower_config_by_name(values)
-    if layout is None or vision is None:
-        raise UserError(f"{folder}/config.json does not describe a model that can be loaded here")
-    return layout.make_config(values, vision, names)
+    return published_config(folder, values, stored_names(folder), tower)[1]
 
 
 def known_model(

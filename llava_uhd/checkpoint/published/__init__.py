@@ -15,8 +15,8 @@ from llava_uhd.checkpoint.published.layout import (
     PROJECTOR_PREFIX,
     VISION_PREFIX,
     Layout,
+    key_map,
     our_key,
-    our_state,
     published_key,
 )
 from llava_uhd.checkpoint.published.towers import (
@@ -54,8 +54,8 @@ __all__ = [
     "Layout",
     "find_layout",
     "find_tower",
+    "key_map",
     "our_key",
-    "our_state",
     "published_key",
     "tower_config_by_name",
     "tower_depth",

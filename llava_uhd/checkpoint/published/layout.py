@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,6 @@ from transformers import PreTrainedConfig
 from llava_uhd.checkpoint.parts import tower_key
 from llava_uhd.checkpoint.projector_names import our_projector_key, published_projector_key
 from llava_uhd.checkpoint.published.towers import tower_depth
-from llava_uhd.checkpoint.weights import Tensors
 from llava_uhd.config.model import LlavaUHDConfig
 from llava_uhd.errors import UserError
 
@@ -91,31 +90,31 @@ def published_key(key: str, config: LlavaUHDConfig) -> str:
     return key.removeprefix("language_model.")
 
 
-def our_state(layout: Layout, weights: Tensors, config: LlavaUHDConfig) -> Tensors:
-    """Published weights under our names.
+def key_map(layout: Layout, names: Iterable[str], config: LlavaUHDConfig) -> dict[str, str]:
+    """Published name -> ours, of all weights that the model uses.
 
     Args:
         layout: of the checkpoint.
-        weights: under their published names.
+        names: of all its weights.
         config: of the model that is filled.
 
     Raises:
-        UserError: keys that are neither mapped nor listed, all in one message.
+        UserError: names that are neither mapped nor listed as unused, all in one message.
     """
-    state: Tensors = {}
+    table: dict[str, str] = {}
     foreign = []
-    for key, tensor in weights.items():
+    for name in names:
         try:
-            ours = our_key(layout, key, config)
+            ours = our_key(layout, name, config)
         except KeyError:
-            foreign.append(key)
+            foreign.append(name)
             continue
         if ours is not None:
-            state[ours] = tensor
+            table[name] = ours
     if foreign:
         more = f" and {len(foreign) - 8} more" if len(foreign) > 8 else ""
         raise UserError(
             f"{len(foreign)} weights are not part of the {layout.name} layout: "
             f"{', '.join(foreign[:8])}{more}"
         )
-    return state
+    return table

@@ -61,7 +61,7 @@ def mask_to_scales(mask: int) -> tuple[int, ...]:
 
 
 def _is_new(values: Values, names: Names) -> bool:
-    projector = values.get("mm_projector_type")
+    projector = str(values.get("mm_projector_type"))
     if projector not in {*OLD_TYPES, *NEW_TYPES, *V1_TYPES} or "feature_mode" in values:
         return False
     language = family(values)
@@ -72,7 +72,7 @@ def _is_new(values: Values, names: Names) -> bool:
 
 
 def _is_old(values: Values, names: Names) -> bool:
-    projector = values.get("mm_projector_type")
+    projector = str(values.get("mm_projector_type"))
     return (
         family(values) == "llama"
         and projector in {*OLD_TYPES, "adapt_spatial_resampler_v1"}

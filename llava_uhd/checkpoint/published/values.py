@@ -30,10 +30,10 @@ _NOT_OF_THE_TEXT = {
 
 def family(values: Values) -> str | None:
     """Language model of a published configuration ("llama", "qwen2"), or None."""
+    named = values.get("architectures")
     for name, (architecture, model_type) in FAMILIES.items():
-        if (
-            architecture in (values.get("architectures") or [])
-            or values.get("model_type") == model_type
+        if (isinstance(named, list) and architecture in named) or (
+            values.get("model_type") == model_type
         ):
             return name
     return None
