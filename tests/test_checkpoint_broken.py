@@ -20,6 +20,7 @@ from llava_uhd.checkpoint.load import load_pretrained
 from llava_uhd.checkpoint.parts import (
     read_projector,
 )
+from llava_uhd.checkpoint.shapes import describe_checkpoint
 from llava_uhd.checkpoint.weights import read_folder, read_tensors, weight_files
 from llava_uhd.errors import UserError
 
@@ -240,6 +241,41 @@ def test_config_with_impossible_values(ours: Path, part: str, values: Any) -> No
     with pytest.raises(UserError, match=r"ours/config\.json") as caught:
         load_pretrained(ours)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "values", [{"text_config": {"model_type": "unheard_of"}}, {"image": {"max_slice": 3}}]
+)
+def test_broken_config_wherever_it_is_read(ours: Path, values: dict[str, Any]) -> None:
+    """A whole model serves as the source of a projector, and of shapes for the cost model."""
+    config = tiny_parts()[0].config
+    content = json.loads((ours / "config.json").read_text())
+    (ours / "config.json").write_text(json.dumps({**content, **values}))
+    for read in (lambda: read_projector(ours, config), lambda: describe_checkpoint(ours)):
+        with pytest.raises(UserError, match=r"ours/config\.json") as caught:
+            read()
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hidden_size": "wide"},
+        {"mm_vision_select_feature": "cls_patch"},
+        {"mm_use_im_start_end": True},
+        {"mm_vision_select_layer": "last"},
+        {"mm_projector_type": ["adapt_spatial_resampler"]},
+        {"architectures": 3, "model_type": "llava"},
+        {"rope_scaling": [1]},
+        {"mm_vision_tower": "./gone"},
+    ],
+)
+def test_broken_published_config(published: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    folder = copy(published, tmp_path / "copy", **changes)
+    for read in (load_pretrained, describe_checkpoint):
+        with pytest.raises(UserError, match=r"copy(/config\.json|: its vision tower)") as caught:
+            read(folder)
+        assert "\n" not in str(caught.value)
 
 
 def test_models_that_are_not_ours(ours: Path, tmp_path: Path) -> None:

@@ -103,7 +103,9 @@ def _how_to_get(name: str) -> str:
     known = {
         "vicuna-7b-v1.5": "lmsys/vicuna-7b-v1.5",
         "vicuna-13b-v1.5": "lmsys/vicuna-13b-v1.5",
+        "Qwen2-7B-Instruct": "Qwen/Qwen2-7B-Instruct",
         "clip-vit-large-patch14-336": "openai/clip-vit-large-patch14-336",
+        "siglip-so400m-patch14-384": "google/siglip-so400m-patch14-384",
     }
     if name in known:
         return f"fetch it with 'hf download {known[name]} --local-dir pretrained_models/{name}'"
