@@ -95,6 +95,7 @@ class VdimConfig:
         scale: of the largest map that the stack makes: 2, 4 or 8.
         downsampler: "attention" (published) or "simple", one kernel for every place.
         blur: blur maps before the attention downsampler reads them (published).
+        dropout: of the channels that the attention downsampler's logits are made of (published).
         n_jitters: views of each picture per step.
         max_pad: pixels of reflected border that a view may show.
         max_zoom: views are enlarged by up to this factor.
@@ -124,6 +125,7 @@ class VdimConfig:
     scale: int = 4
     downsampler: Literal["attention", "simple"] = "attention"
     blur: bool = True
+    dropout: float = 0.2
     n_jitters: int = 2
     max_pad: int = 30
     max_zoom: float = 2.0
@@ -161,6 +163,8 @@ class VdimConfig:
         for name in ("max_pad", "crf_weight", "tv_weight", "filter_ent_weight", "clip_steps"):
             if getattr(self, name) < 0:
                 raise UserError(f"vdim.{name} must not be negative, got {getattr(self, name)}")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"vdim.dropout must be at least 0 and below 1, got {self.dropout}")
         if self.max_zoom < 1:
             raise UserError(f"vdim.max_zoom must be at least 1, got {self.max_zoom}")
         if self.clip_norm <= 0:

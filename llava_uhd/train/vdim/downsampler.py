@@ -11,26 +11,23 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
+from llava_uhd.train.vdim.resample import Resampling
+
 KEEP = 0.2  # windows whose draw is above this keep their logits
 
 
-def gaussian_blur(maps: torch.Tensor, taps: int = 5, sigma: float = 1.0) -> torch.Tensor:
-    """Separable Gaussian with reflected borders.
+def gaussian_blur(maps: torch.Tensor) -> torch.Tensor:
+    """Separable Gaussian of 5 taps and sigma 1 with reflected borders.
 
     Args:
-        maps: (B, C, H, W), H and W above ``taps // 2``.
-        taps: odd width of the filter in pixels.
-        sigma: in pixels.
+        maps: (B, C, H, W), H and W above 2.
     """
-    offsets = torch.arange(taps, device=maps.device, dtype=torch.float32) - taps // 2
-    weights = torch.exp(-(offsets**2) / (2 * sigma**2))
-    weights = (weights / weights.sum()).to(maps.dtype)
-    batch, channels, height, width = maps.shape
-    flat = maps.reshape(batch * channels, 1, height, width)
-    flat = F.pad(flat, [taps // 2] * 4, mode="reflect")
-    flat = F.conv2d(flat, weights.view(1, 1, 1, taps))
-    flat = F.conv2d(flat, weights.view(1, 1, taps, 1))
-    return flat.reshape(batch, channels, height, width)
+    return Resampling((int(maps.shape[-2]), int(maps.shape[-1])), blur=True)(maps)
+
+
+def sum_windows(maps: torch.Tensor, window: int) -> torch.Tensor:
+    """(B, C, H, W) to (B, C, H / window, W / window)."""
+    return F.avg_pool2d(maps, window) * (window * window)
 
 
 def check_windows(maps: torch.Tensor, window: int) -> tuple[int, int]:
@@ -52,13 +49,14 @@ class AttentionDownsampler(nn.Module):
         width: channels.
         window: side of a window in pixels of the map.
         blur: blur the map first.
+        dropout: of the channels that the logits are made of.
     """
 
-    def __init__(self, width: int, window: int, blur: bool = True) -> None:
+    def __init__(self, width: int, window: int, blur: bool = True, dropout: float = 0.2) -> None:
         super().__init__()
         self.window = window
         self.blur = blur
-        self.attention_net = nn.Sequential(nn.Dropout(0.2), nn.Linear(width, 1))
+        self.attention_net = nn.Sequential(nn.Dropout(dropout), nn.Linear(width, 1))
         self.w = nn.Parameter(torch.empty(window, window))
         self.b = nn.Parameter(torch.empty(window, window))
 
@@ -71,8 +69,7 @@ class AttentionDownsampler(nn.Module):
     def pixel_logits(self, maps: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) to (B, 1, H, W): how much each pixel asks to be looked at."""
         dropout, linear = self.attention_net
-        rows = dropout(maps).movedim(1, -1)
-        return linear(rows).movedim(-1, 1)
+        return torch.einsum("bchw,oc->bohw", dropout(maps), linear.weight) + linear.bias
 
     def forward(self, maps: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
         """Shrinks maps by the window.
@@ -85,9 +82,11 @@ class AttentionDownsampler(nn.Module):
         Returns:
             (B, C, H / window, W / window).
         """
+        return self.pool(gaussian_blur(maps) if self.blur else maps, keep)
+
+    def pool(self, maps: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
+        """The same for maps that are blurred already."""
         rows, columns = check_windows(maps, self.window)
-        if self.blur:
-            maps = gaussian_blur(maps)
         k = self.window
         logits = self.pixel_logits(maps).view(-1, rows, k, columns, k).transpose(2, 3)
         if keep is not None:
@@ -96,7 +95,7 @@ class AttentionDownsampler(nn.Module):
         weights = (logits.float() * self.w + self.b).flatten(-2).softmax(-1)
         weights = weights.view(-1, rows, columns, k, k).transpose(2, 3)
         weights = weights.reshape(-1, 1, rows * k, columns * k).to(maps.dtype)
-        return F.avg_pool2d(maps * weights, k) * (k * k)
+        return sum_windows(maps * weights, k)
 
 
 class SimpleDownsampler(nn.Module):
@@ -109,6 +108,7 @@ class SimpleDownsampler(nn.Module):
     def __init__(self, window: int) -> None:
         super().__init__()
         self.window = window
+        self.blur = False
         self.kernel_params = nn.Parameter(torch.empty(window, window))
 
     def reset_weights(self) -> None:
@@ -119,6 +119,10 @@ class SimpleDownsampler(nn.Module):
         """(1, 1, window, window)."""
         positive = self.kernel_params.abs()
         return (positive / positive.sum())[None, None]
+
+    def pool(self, maps: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
+        """As `forward`: this downsampler does not blur."""
+        return self(maps, keep)
 
     def forward(self, maps: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
         """Shrinks maps by the window; ``keep`` is for the other downsampler and unused.
@@ -131,7 +135,4 @@ class SimpleDownsampler(nn.Module):
             (B, C, H / window, W / window).
         """
         rows, columns = check_windows(maps, self.window)
-        batch, channels = maps.shape[:2]
-        flat = maps.reshape(batch * channels, 1, *maps.shape[-2:])
-        small = F.conv2d(flat, self.kernel().to(maps.dtype), stride=self.window)
-        return small.view(batch, channels, rows, columns)
+        return sum_windows(maps * self.kernel().to(maps.dtype).tile(rows, columns), self.window)

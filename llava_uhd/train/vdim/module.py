@@ -8,7 +8,7 @@ downsampler.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from llava_uhd.train.vdim.downsampler import AttentionDownsampler, SimpleDownsam
 from llava_uhd.train.vdim.draws import Draws
 from llava_uhd.train.vdim.jitter import JitterRange, apply_jitter
 from llava_uhd.train.vdim.losses import crf_loss, entropy, reconstruction_loss, tv_loss
+from llava_uhd.train.vdim.resample import Resampling
 from llava_uhd.vision.towers import VisionTower
 from llava_uhd.vision.upsampler import UpsamplerStack
 
@@ -125,7 +126,7 @@ class Head(nn.Module):
     def __init__(self, width: int, patch: int, config: VdimConfig) -> None:
         super().__init__()
         self.downsampler: AttentionDownsampler | SimpleDownsampler = (
-            AttentionDownsampler(width, patch, config.blur)
+            AttentionDownsampler(width, patch, config.blur, config.dropout)
             if config.downsampler == "attention"
             else SimpleDownsampler(patch)
         )
@@ -312,14 +313,19 @@ class VdimModule(nn.Module):
         for scale in self.scales:
             name = self.head_name(scale)
             head = self.heads[name]
-            shown = apply_jitter(enlarge(seen[scale], size), jitter, config.max_pad)
+            sharp = Resampling(size, jitter, config.max_pad)
+            shown = replace(sharp, blur=head.downsampler.blur)(seen[scale])
             guess = self.shrink(head, shown, draws)
             deviation = None if head.scale_net is None else head.scale_net(target)
             error = reconstruction_loss(project(guess), project(target), deviation)
             parts[f"rec_{name}"] = error / config.n_jitters
             loss = loss + parts[f"rec_{name}"]
             if first and scale != CONTROL:
-                found = self.other_terms(head, guidance, shown, project, draws)
+                # Projection and resampling commute, and a projected map is much smaller.
+                projected = sharp(project(seen[scale])) if config.crf_weight else None
+                found = self.other_terms(head, guidance, projected, draws)
+                if config.tv_weight:
+                    found["tv"] = tv_loss(sharp(seen[scale]).square().sum(1, keepdim=True))
                 parts[f"crf_{name}"] = found["crf"]
                 for term in ("tv", "ent"):
                     parts[term] = parts.get(term, torch.zeros_like(loss)) + found[term]
@@ -332,28 +338,23 @@ class VdimModule(nn.Module):
         """Maps in picture resolution to the tower's grid."""
         rows, columns = shown.shape[-2] // self.patch, shown.shape[-1] // self.patch
         keep = draws.keep(shown.shape[0], rows, columns).to(shown.device)
-        small: torch.Tensor = head.downsampler(shown, keep)
+        small: torch.Tensor = head.downsampler.pool(shown, keep)
         return small
 
     def other_terms(
         self,
         head: nn.Module,
         guidance: torch.Tensor,
-        shown: torch.Tensor,
-        project: Projection,
+        projected: torch.Tensor | None,
         draws: Draws,
     ) -> dict[str, torch.Tensor]:
-        """Conditional random field, total variation and entropy; 0 where the weight is 0."""
-        config = self.config
-        zero = torch.zeros((), device=shown.device)
+        """Conditional random field and entropy; 0 where the weight is 0."""
+        zero = torch.zeros((), device=guidance.device)
         terms = {"crf": zero, "tv": zero, "ent": zero}
-        if config.crf_weight:
-            size = (int(shown.shape[-2]), int(shown.shape[-1]))
-            points = draws.points(size, config.crf_points).to(shown.device)
-            rows, columns = points
-            terms["crf"] = crf_loss(guidance, project(shown[:, :, rows, columns]), points)
-        if config.tv_weight:
-            terms["tv"] = tv_loss(shown.square().sum(1, keepdim=True))
-        if config.filter_ent_weight:
+        if projected is not None:
+            size = (int(guidance.shape[-2]), int(guidance.shape[-1]))
+            points = draws.points(size, self.config.crf_points).to(guidance.device)
+            terms["crf"] = crf_loss(guidance, projected, points)
+        if self.config.filter_ent_weight:
             terms["ent"] = entropy(head.downsampler.kernel())
         return terms
