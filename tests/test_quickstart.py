@@ -10,10 +10,12 @@ import pytest
 from fixtures_runs import FROM_NOTHING, run_here
 
 from llava_uhd.config.recipe import load_recipe
+from llava_uhd.config.vdim import load_vdim_recipe
 from llava_uhd.errors import UserError
 from llava_uhd.eval.__main__ import main as evaluate
 from llava_uhd.quickstart import __main__ as quickstart
 from llava_uhd.quickstart.report import Arm, write_report
+from llava_uhd.quickstart.systems import SYSTEMS
 
 
 @pytest.mark.slow
@@ -40,23 +42,41 @@ def test_report_of_a_debug_run(tmp_path: Path) -> None:
     assert re.search(r"slices <native>.*\d\.\d{3}.*\d\.\d{3}.*\d\.\d{3}", printed.get())
 
 
-def test_steps_are_commands_that_exist() -> None:
-    for recipe, _, _ in quickstart.ARMS.values():
-        load_recipe(recipe, ["--model.checkpoint", "x", *quickstart.SHORT])
-    run = quickstart.Run(Path("out"), short=True, seed=3)
-    module, recipe, *words = quickstart.train_command(run, "quickstart/pretrain", run.pretrained)
+@pytest.mark.parametrize("name", SYSTEMS.names())
+def test_steps_are_commands_that_exist(name: str) -> None:
+    system = SYSTEMS.get(name)
+    for reading in (system.main, *system.controls):
+        load_recipe(reading.recipe, ["--model.checkpoint", "x", *quickstart.SHORT])
+    run = quickstart.Run(system, Path("out"), short=True, seed=3)
+    module, recipe, *words = quickstart.train_command(run, system.pretrain, run.pretrained)
     assert module == "llava_uhd.train"
     resolved = load_recipe(recipe, words)
     assert resolved.trainer.arguments["seed"] == 3
     assert resolved.trainer.arguments["max_steps"] == 6
     assert resolved.output_dir == str(run.pretrained)
+    if system.vdim is not None:
+        module, recipe, *words = quickstart.train_command(run, system.vdim, run.vdim)
+        assert module == "llava_uhd.train.vdim"
+        upsampler = load_vdim_recipe(recipe, words)
+        assert upsampler.output_dir == str(run.vdim)
+        assert upsampler.trainer.arguments["max_steps"] == 6
+        # The command line names it again; typed by itself the recipe finds it, too.
+        recorded = load_recipe(system.pretrain).model.upsampler_file
+        assert recorded == f"checkpoints/{system.vdim_folder}"
+
+
+def test_unknown_system_and_arms_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    for words, message in ((["uhd_v3"], "uhd_v1, uhd_v2"), (["uhd_v2", "--compare"], "no control")):
+        monkeypatch.setattr("sys.argv", ["quickstart", *words])
+        with pytest.raises(UserError, match=message):
+            quickstart.parse()
 
 
 def test_a_failed_step_stops_and_says_how_to_go_on(tmp_path: Path) -> None:
-    run = quickstart.Run(tmp_path, short=True, seed=None)
+    run = quickstart.Run(SYSTEMS.get("uhd_v1"), tmp_path, short=True, seed=None)
     with pytest.raises(UserError, match=r"ended with status 2.*goes on from there"):
         quickstart.step(run, "eval", "Evaluate", ["llava_uhd.eval", "run", str(tmp_path / "none")])
-    assert not (run.pretrained / quickstart.TIMES_FILE).exists()
+    assert not run.times_file.exists()
 
 
 def test_waiting_threads_sleep_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
