@@ -24,9 +24,12 @@ from llava_uhd.checkpoint.published import (
     published_key,
 )
 from llava_uhd.checkpoint.published.uhd_v2 import mask_to_scales
+from llava_uhd.checkpoint.shapes import describe_checkpoint, known_model
 from llava_uhd.config.model import LlavaUHDConfig
 from llava_uhd.errors import UserError
+from llava_uhd.images.cost import count_parameters
 from llava_uhd.images.pixels import open_image
+from llava_uhd.projectors import build_projector
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +111,26 @@ def test_dialects_share_their_weights(loaded: dict[str, Parts]) -> None:
     assert (new.config.image.layout, old.config.image.layout) == ("slices", "rows")
     for name, layout in (("full_llama", "slices"), ("full_llama_old", "rows")):
         assert loaded[name][1].image_config.layout == layout
+
+
+def test_shapes_without_weights(folders: dict[str, Path], loaded: dict[str, Parts]) -> None:
+    """What the cost model is told of a folder is the model that loads from it."""
+    for name, folder in folders.items():
+        model, config = loaded[name][0], describe_checkpoint(folder)
+        assert config.projector == model.config.projector
+        assert (config.select_layer, config.template) == (-2, model.config.template)
+        counted = count_parameters(config)
+        assert counted.total == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_known_combinations() -> None:
+    config = known_model("qwen2-7b-instruct", 144, "siglip-so400m-patch14-384", (1, 4))
+    assert config.projector.type == "hiwin" and config.image.scale_resolution == 384
+    assert config.image.normalisation == ((0.5,) * 3, (0.5,) * 3)
+    with torch.device("meta"):
+        projector = build_projector(config)
+    built = sum(parameter.numel() for parameter in projector.parameters())
+    assert count_parameters(config).projector == built
 
 
 # --- recognition ----------------------------------------------------------------------------------

@@ -124,7 +124,7 @@ def export_checkpoint(
     _write_weights(out, weights, whole=processor is not None)
     folder = options.tokenizer or _tokenizer_source(source, tokenizer, options)
     if (source / "generation_config.json").is_file():
-        shutil.copy(source / "generation_config.json", out)
+        shutil.copyfile(source / "generation_config.json", out / "generation_config.json")
     return notes + write_tokenizer(out, tokenizer, folder, config.text_config.model_type)
 
 

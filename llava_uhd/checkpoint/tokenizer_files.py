@@ -47,7 +47,7 @@ def write_tokenizer(
                 "another vocabulary: name the folder of the model's own language model"
             )
         for file in _files(source):
-            shutil.copy(file, out)
+            shutil.copyfile(file, out / file.name)
     else:
         _write_own(out, tokenizer, model_type)
     if model_type == "llama" and not (out / "tokenizer.model").is_file():
