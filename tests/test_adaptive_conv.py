@@ -236,7 +236,7 @@ def test_wrong_shapes() -> None:
 
 def interpret_triton() -> None:
     """Runs in a process of its own: the GPU kernels, by the interpreter, against ours."""
-    from llava_uhd.vision import adaptive_conv as ours
+    from llava_uhd.vision import adaptive_conv_tiles as ours
     from llava_uhd.vision import adaptive_conv_triton as kernels
 
     cases = (

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import argparse
 
-from llava_uhd.bench import cost, encode
+from llava_uhd.bench import cost, encode, upsample
 from llava_uhd.errors import command
 
-COMMANDS = (encode, cost)
+COMMANDS = (encode, cost, upsample)
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -61,17 +61,21 @@ def range_kernel(stage: JBUStage, guidance: torch.Tensor) -> torch.Tensor:
     return (stage.range_temp.exp().clamp(1e-4, 1e4) * scores).softmax(1)
 
 
+def stage_kernel(stage: JBUStage, guidance: torch.Tensor) -> torch.Tensor:
+    """(B, 3, H, W) to (B, H, W, 7, 7), a view."""
+    spatial = stage.spatial_kernel(torch.float32).view(1, -1, 1, 1)
+    kernel = range_kernel(stage, guidance) * spatial
+    kernel = kernel / kernel.sum(1, keepdim=True).clamp_min(1e-7)
+    kernel = kernel + 0.1 * stage.fixup_proj(torch.cat([kernel, guidance], 1))
+    return kernel.permute(0, 2, 3, 1).unflatten(-1, (TAPS, TAPS))
+
+
 def run_stage(
     stage: JBUStage, source: torch.Tensor, guidance: torch.Tensor, convolution: Convolution
 ) -> torch.Tensor:
     """(B, C, h, w) and the image (B, 3, H, W) to (B, C, 2h, 2w)."""
     small = F.adaptive_avg_pool2d(guidance, (2 * source.shape[2], 2 * source.shape[3]))
-    spatial = stage.spatial_kernel(torch.float32).view(1, -1, 1, 1)
-    kernel = range_kernel(stage, small) * spatial
-    kernel = kernel / kernel.sum(1, keepdim=True).clamp_min(1e-7)
-    kernel = kernel + 0.1 * stage.fixup_proj(torch.cat([kernel, small], 1))
-    taps_last = kernel.permute(0, 2, 3, 1).unflatten(-1, (TAPS, TAPS))
-    return convolution(upsample(source), taps_last)
+    return convolution(upsample(source), stage_kernel(stage, small))
 
 
 def run_fixup(fixup: Fixup, maps: torch.Tensor) -> torch.Tensor:

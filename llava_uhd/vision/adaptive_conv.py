@@ -3,15 +3,14 @@
 Three operations, each with the derivatives of the others:
 
 - convolve: every output pixel is the sum of its window times its kernel;
-- its transpose, the gradient of the source;
+- convolve_transposed: the gradient of the source;
 - correlate: the products of a pixel with its window, which is the gradient of the kernels, and
   also what the range kernel of a joint bilateral upsampler begins with.
 
 The source may first be upsampled to twice its size (bicubic) and is padded by reflection; see
-`adaptive_conv_plan`: both are part of the kernels here. On a CPU (and on any device without a
-better kernel) the map is cut into tiles. A tile's pixels share most of their windows, so that its
-convolution is one matrix product of a banded matrix, made from the kernels, with the window's
-cells. Memory beyond the result is that of one row of tiles, in the backward pass as well.
+`adaptive_conv_plan`: both are made part of the kernels. `adaptive_conv_tiles` does this on every
+device, `adaptive_conv_triton` on GPUs where Triton is installed; this module chooses, and adds the
+gradients. Neither makes the windows of all pixels, forward or backward.
 """
 
 from __future__ import annotations
@@ -24,7 +23,8 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from llava_uhd.vision.adaptive_conv_plan import TAPS, Rule, Strip, make_strips
+from llava_uhd.vision import adaptive_conv_tiles
+from llava_uhd.vision.adaptive_conv_plan import TAPS, Rule, precise
 
 
 def adaptive_conv(padded: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
@@ -72,12 +72,6 @@ def window_products(features: torch.Tensor) -> torch.Tensor:
     return _Correlate.apply(features, features, Rule.REFLECT)
 
 
-def precise(*tensors: torch.Tensor) -> torch.dtype:
-    """The dtype that sums are made in: float32, or float64 if any of the tensors has it."""
-    double = any(tensor.dtype == torch.float64 for tensor in tensors)
-    return torch.float64 if double else torch.float32
-
-
 def check_shapes(source: torch.Tensor, kernel: torch.Tensor, rule: Rule) -> None:
     """Raises ValueError if a kernel (B, H, W, 7, 7) is not for a source (B, h, w, C)."""
     height, width = (rule.ratio * rule.cells(length) for length in source.shape[1:3])
@@ -95,74 +89,13 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def gpu_kernels(*tensors: torch.Tensor) -> ModuleType | None:
-    """The GPU kernels, if they take these tensors."""
-    if not (tensors[0].is_cuda and precise(*tensors) == torch.float32 and has_triton()):
-        return None
-    from llava_uhd.vision import adaptive_conv_triton
+def backend(*tensors: torch.Tensor) -> ModuleType:
+    """The module whose functions take these tensors; see above."""
+    if tensors[0].is_cuda and precise(*tensors) == torch.float32 and has_triton():
+        from llava_uhd.vision import adaptive_conv_triton
 
-    return adaptive_conv_triton
-
-
-def convolve(source: torch.Tensor, kernel: torch.Tensor, rule: Rule) -> torch.Tensor:
-    """Without autograd: (B, h, w, C) and (B, H, W, 7, 7) to (B, H, W, C)."""
-    kernels = gpu_kernels(source, kernel)
-    if kernels is not None:
-        return kernels.convolve(source, kernel, rule)
-    dtype, source = precise(source, kernel), source.contiguous()
-    output = source.new_empty(*kernel.shape[:3], source.shape[3])
-    for item, strip in _parts(source, rule, dtype):
-        weights = strip.spread(kernel[item, strip.rows].to(dtype))
-        tiles = torch.bmm(weights, _windows(source[item], strip, dtype))
-        output[item, strip.rows] = strip.join(tiles)
-    return output
-
-
-def convolve_transposed(
-    grad: torch.Tensor, kernel: torch.Tensor, rule: Rule, size: tuple[int, int]
-) -> torch.Tensor:
-    """Without autograd: (B, H, W, C) and (B, H, W, 7, 7) to the source's (B, h, w, C).
-
-    The result is float32 (or float64): windows overlap and add up.
-    """
-    kernels = gpu_kernels(grad, kernel)
-    if kernels is not None:
-        return kernels.convolve_transposed(grad, kernel, rule, size)
-    dtype = precise(grad, kernel)
-    result = grad.new_zeros(grad.shape[0], *size, grad.shape[3], dtype=dtype)
-    for item, strip in _parts(result, rule, dtype):
-        weights = strip.spread(kernel[item, strip.rows].to(dtype))
-        tiles = strip.cut(grad[item, strip.rows].to(dtype))
-        windows = torch.bmm(weights.transpose(1, 2), tiles)  # (tiles, S * T, C)
-        result[item].flatten(0, 1).index_add_(0, strip.index, windows.flatten(0, 1))
-    return result
-
-
-def correlate(left: torch.Tensor, source: torch.Tensor, rule: Rule) -> torch.Tensor:
-    """Without autograd: (B, H, W, C) with windows of (B, h, w, C) to (B, H, W, 7, 7)."""
-    kernels = gpu_kernels(source, left)
-    if kernels is not None:
-        return kernels.correlate(left, source, rule)
-    dtype, source = precise(left, source), source.contiguous()
-    result = left.new_empty(*left.shape[:3], TAPS, TAPS, dtype=dtype)
-    for item, strip in _parts(source, rule, dtype):
-        tiles = strip.cut(left[item, strip.rows].to(dtype))
-        products = torch.bmm(tiles, _windows(source[item], strip, dtype).transpose(1, 2))
-        result[item, strip.rows] = strip.gather(products)
-    return result
-
-
-def _parts(source: torch.Tensor, rule: Rule, dtype: torch.dtype) -> list[tuple[int, Strip]]:
-    """All strips of all maps."""
-    size = (source.shape[1], source.shape[2])
-    strips = make_strips(rule, size, dtype, source.device)
-    return [(item, strip) for item in range(len(source)) for strip in strips]
-
-
-def _windows(source: torch.Tensor, strip: Strip, dtype: torch.dtype) -> torch.Tensor:
-    """The cells (tiles, S * T, C) that the tiles of a strip read from (h, w, C)."""
-    cells = source.flatten(0, 1).index_select(0, strip.index)
-    return cells.to(dtype).view(strip.tiles, -1, source.shape[-1])
+        return adaptive_conv_triton
+    return adaptive_conv_tiles
 
 
 class _Convolve(torch.autograd.Function):
@@ -174,7 +107,7 @@ class _Convolve(torch.autograd.Function):
         ctx.save_for_backward(source, kernel)
         ctx.rule = rule
         with torch.autocast(source.device.type, enabled=False):
-            return convolve(source, kernel, rule)
+            return backend(source, kernel).convolve(source, kernel, rule)
 
     @staticmethod
     @once_differentiable
@@ -186,8 +119,10 @@ class _Convolve(torch.autograd.Function):
         with torch.autocast(grad.device.type, enabled=False):
             if ctx.needs_input_grad[0]:
                 size = (source.shape[1], source.shape[2])
-                grad_source = convolve_transposed(grad, kernel, ctx.rule, size).to(source.dtype)
+                transposed = backend(grad, kernel).convolve_transposed
+                grad_source = transposed(grad, kernel, ctx.rule, size).to(source.dtype)
             if ctx.needs_input_grad[1]:
+                correlate = backend(grad, source).correlate
                 grad_kernel = correlate(grad, source, ctx.rule).to(kernel.dtype)
         return grad_source, grad_kernel, None
 
@@ -200,7 +135,7 @@ class _Correlate(torch.autograd.Function):
         ctx.save_for_backward(left, source)
         ctx.rule = rule
         with torch.autocast(source.device.type, enabled=False):
-            return correlate(left, source, rule)
+            return backend(left, source).correlate(left, source, rule)
 
     @staticmethod
     @once_differentiable
@@ -211,8 +146,10 @@ class _Correlate(torch.autograd.Function):
         grad_left = grad_source = None
         with torch.autocast(grad.device.type, enabled=False):
             if ctx.needs_input_grad[0]:
+                convolve = backend(source, grad).convolve
                 grad_left = convolve(source, grad, ctx.rule).to(left.dtype)
             if ctx.needs_input_grad[1]:
                 size = (source.shape[1], source.shape[2])
-                grad_source = convolve_transposed(left, grad, ctx.rule, size).to(source.dtype)
+                transposed = backend(left, grad).convolve_transposed
+                grad_source = transposed(left, grad, ctx.rule, size).to(source.dtype)
         return grad_left, grad_source, None

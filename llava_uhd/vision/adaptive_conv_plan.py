@@ -26,6 +26,12 @@ TILE_CELLS = 6
 CUBIC_A = -0.75
 
 
+def precise(*tensors: torch.Tensor) -> torch.dtype:
+    """The dtype that sums are made in: float32, or float64 if any of the tensors has it."""
+    double = any(tensor.dtype == torch.float64 for tensor in tensors)
+    return torch.float64 if double else torch.float32
+
+
 class Rule(enum.Enum):
     """What lies between the source and the taps."""
 
