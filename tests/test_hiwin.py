@@ -178,7 +178,8 @@ def test_forms_agree(
 def test_cost_rule_changes_no_number(monkeypatch: pytest.MonkeyPatch, gram: bool) -> None:
     module, inputs = make_hiwin(scales=(1, 4)), views(MIXED)
     monkeypatch.setattr(hiwin_fast, "gram_pays", lambda *sizes: gram)
-    assert (hiwin_fast.scale_matrices(module, 4, 1).gram is not None) == gram
+    square = torch.eye(32)
+    assert (hiwin_fast.scale_matrices(module, 4, 1, square, square).gram is not None) == gram
     assert_forms_agree(module, inputs)
 
 

@@ -139,15 +139,19 @@ class ScaleMatrices:
         return inverse.unflatten(0, maps.shape[:3])
 
 
-def scale_matrices(weights: HiwinWeights, scale: int, cells: int) -> ScaleMatrices:
+def scale_matrices(
+    weights: HiwinWeights, scale: int, cells: int, key: torch.Tensor, value: torch.Tensor
+) -> ScaleMatrices:
     """Merges the parameters that a pooled cell of one scale meets.
 
     Args:
         weights: of the projector.
         scale: of the maps.
         cells: of all maps of that scale in the call.
+        key: (D, D), the attention's key matrix.
+        value: (D, D), its value matrix.
     """
-    projector, norm, attention = weights.scale_projector(scale), weights.ln_kv, weights.attn
+    projector, norm = weights.scale_projector(scale), weights.ln_kv
     width, kv_width = projector.weight.shape
     matrix = projector.weight - projector.weight.mean(0)
     bias = projector.bias - projector.bias.mean()
@@ -159,8 +163,7 @@ def scale_matrices(weights: HiwinWeights, scale: int, cells: int) -> ScaleMatric
     gain = norm.weight[:, None]
     columns = [gain * matrix, gain * bias[:, None], norm.bias[:, None]]
     whole = torch.cat([*columns, matrix.new_zeros(width, EXTRA - 2)], dim=1)  # (D, C + EXTRA)
-    heads = (attention.num_heads, -1)
-    _, key, value = attention.in_proj_weight.chunk(3)
+    heads = (weights.attn.num_heads, -1)
     return ScaleMatrices(
         (matrix, bias),
         gram,
@@ -188,10 +191,13 @@ def fast_tokens(
         (V * Q, D).
     """
     lengths = [rows * columns for rows, columns in grids]
+    # Split once: each split of a parameter would have a gradient of its full size.
+    w_query, w_key, w_value = weights.attn.in_proj_weight.chunk(3)
     matrices = {
-        scale: scale_matrices(weights, scale, sum(lengths) * scale**2) for scale in weights.scales
+        scale: scale_matrices(weights, scale, sum(lengths) * scale**2, w_key, w_value)
+        for scale in weights.scales
     }
-    query, tables = _queries(weights), _position_keys(weights)
+    query, tables = _queries(weights, w_query), _position_keys(weights, w_key)
     views = features.split(lengths)
     pixels = None if pixel_values is None else pixel_values.split(lengths)
     answers, order = [], []
@@ -203,32 +209,30 @@ def fast_tokens(
         cells = _pooled_cells(weights, matrices, packed, guidance, grid)
         place = _places(weights, tables, grid)
         answers.append(_attend(query, place, cells, list(matrices.values())))
-    tokens = _tokens(weights, torch.cat(answers))  # (V, Q, D), views in the order of `order`
+    attended = torch.cat(answers) if len(answers) > 1 else answers[0]
+    del answers
+    tokens = _tokens(weights, attended)  # (V, Q, D), views in the order of `order`
     if order != sorted(order):
-        places = torch.tensor(order, device=tokens.device).argsort()
-        tokens = tokens[places]
+        tokens = tokens[torch.tensor(order, device=tokens.device).argsort()]
     return tokens.flatten(0, 1)
 
 
-def _queries(weights: HiwinWeights) -> torch.Tensor:
-    """Scaled and projected queries of all sets: (Q, sets, H, D / H)."""
-    attention = weights.attn
-    width = weights.proj.shape[0]
+def _queries(weights: HiwinWeights, matrix: torch.Tensor) -> torch.Tensor:
+    """Queries of all sets through their matrix (D, D), scaled: (Q, sets, H, D / H)."""
     rows = weights.ln_q(torch.stack(weights.queries, dim=1))  # (Q, sets, D)
     rows = rows + weights.pos_embed.to(rows.dtype)[:, None]
-    rows = F.linear(rows, attention.in_proj_weight[:width], attention.in_proj_bias[:width])
-    rows = rows.unflatten(-1, (attention.num_heads, -1))
+    rows = F.linear(rows, matrix, weights.attn.in_proj_bias.chunk(3)[0])
+    rows = rows.unflatten(-1, (weights.attn.num_heads, -1))
     return rows * rows.shape[-1] ** -0.5
 
 
-def _position_keys(weights: HiwinWeights) -> dict[int, torch.Tensor]:
-    """Scale -> the position table plus the scale's embedding through the key matrix: (Q, D).
+def _position_keys(weights: HiwinWeights, matrix: torch.Tensor) -> dict[int, torch.Tensor]:
+    """Scale -> positions plus the scale's embedding through the key matrix (D, D): (Q, D).
 
     The key bias is left out: it adds the same to all scores of a query.
     """
-    key = weights.attn.in_proj_weight.chunk(3)[1]
-    table = weights.pos_embed @ key.T
-    return {scale: table + weights.scale_embedding(scale)[0] @ key.T for scale in weights.scales}
+    table = weights.pos_embed @ matrix.T
+    return {scale: table + weights.scale_embedding(scale)[0] @ matrix.T for scale in weights.scales}
 
 
 def _places(weights: HiwinWeights, tables: dict[int, torch.Tensor], grid: Grid) -> torch.Tensor:
@@ -264,10 +268,10 @@ def _pooled_cells(
     """
     step = weights.views_at_once(features.flatten(0, 1), grid)
     found: list[list[torch.Tensor]] = [[] for _ in matrices]
-    for start in range(0, len(features), step):
-        part = slice(start, start + step)
-        pixels = None if pixel_values is None else pixel_values[part]
-        maps = weights.feature_maps(features[part], pixels, grid)
+    views = features.split(step)
+    guides = [None] * len(views) if pixel_values is None else pixel_values.split(step)
+    for part, pixels in zip(views, guides, strict=True):
+        maps = weights.feature_maps(part, pixels, grid)
         for pieces, (scale, matrix) in zip(found, matrices.items(), strict=True):
             pieces.append(_pool(weights, matrix, maps.pop(scale)))
     return [torch.cat(pieces, dim=1) for pieces in found]
@@ -309,9 +313,9 @@ def _attend(
     each = count * query.shape[1] * query.shape[2] * wide * len(cells)
     step = max(MIXED_ELEMENTS // each, 1)
     outputs = []
-    for start in range(0, len(query), step):
-        part = slice(start, start + step)
-        arguments = (query[part], place[part], [each[part] for each in cells], keys, values)
+    parts = zip(*(each.split(step) for each in (query, place, *cells)), strict=True)
+    for query_part, place_part, *cell_parts in parts:
+        arguments = (query_part, place_part, cell_parts, keys, values)
         if torch.is_grad_enabled():
             output = checkpoint(
                 _attend_windows, *arguments, use_reentrant=False, preserve_rng_state=False
@@ -345,11 +349,11 @@ def _attend_windows(
     shares = total.softmax(-1, dtype=torch.float32).to(cells[0].dtype)
     output = None
     for share, cell, value in zip(shares.split(bins, dim=-1), cells, values, strict=True):
-        mixed = (share @ cell).transpose(0, 1)  # (n, w, sets * H, C')
-        mixed = mixed.reshape(-1, heads, mixed.shape[-1]).transpose(0, 1)  # (H, n * w * sets, C')
+        mixed = share @ cell  # (w, n, sets * H, C')
+        mixed = mixed.reshape(-1, heads, mixed.shape[-1]).transpose(0, 1)  # (H, w * n * sets, C')
         output = mixed @ value if output is None else torch.baddbmm(output, mixed, value)
     assert output is not None
-    return output.transpose(0, 1).reshape(count, windows, sets, -1)
+    return output.transpose(0, 1).reshape(windows, count, sets, -1).transpose(0, 1)
 
 
 def _tokens(weights: HiwinWeights, attended: torch.Tensor) -> torch.Tensor:
