@@ -35,6 +35,7 @@ from llava_uhd.text.templates import Turn
 Parts = tuple[Any, LlavaUHDProcessor]
 IMAGE, COMMA, NEWLINE = -1, 7, 13
 ROWS = {"image": {"layout": "rows"}}
+HIWIN = {"type": "hiwin", "scales": [1, 2, 4]}
 
 
 @pytest.fixture(scope="module")
@@ -208,8 +209,9 @@ def samples(processor: LlavaUHDProcessor) -> list[dict[str, Any]]:
     ]
 
 
-def test_a_batch_equals_its_rows(parts: Parts, samples: list[dict[str, Any]]) -> None:
-    model, _ = parts
+@pytest.mark.parametrize("projector", [{}, HIWIN], ids=["resampler", "hiwin"])
+def test_a_batch_equals_its_rows(projector: dict[str, Any], samples: list[dict[str, Any]]) -> None:
+    model, _ = tiny_parts(**ROWS, projector=projector)
     batch = Collator(0)(samples)
     assert batch["image_grids"].tolist() == [[3, 2], [0, 0], [2, 1]]
     with torch.no_grad():
@@ -267,8 +269,11 @@ def test_the_layouts_are_different_sequences() -> None:
     assert (answers[0] - answers[1]).abs().max() > 1e-3
 
 
-def test_gradients_reach_every_view(parts: Parts, samples: list[dict[str, Any]]) -> None:
-    model, _ = tiny_parts(**ROWS)
+@pytest.mark.parametrize("projector", [{}, HIWIN], ids=["resampler", "hiwin"])
+def test_gradients_reach_every_parameter(
+    projector: dict[str, Any], samples: list[dict[str, Any]]
+) -> None:
+    model, _ = tiny_parts(**ROWS, projector=projector)
     model.train()
     for batch in (samples, [samples[1]]):
         model.zero_grad(set_to_none=True)

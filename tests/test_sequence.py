@@ -146,6 +146,11 @@ def test_what_is_finished_is_not_done_again(
     assert "uhd_v1/pretrain_vicuna7b: finished (out-pretrain), not trained again" in told
     assert (tmp_path / "out-pretrain/log.jsonl").read_bytes() == before
     assert read_manifest(tmp_path / "out")["finished"]
+    # A recipe written before a key existed is the same run as one with the key's default.
+    file = tmp_path / "out/recipe.yaml"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(line for line in lines if "textvqa_only_enlarge" not in line))
+    assert len(file.read_text().splitlines()) == len(lines) - 1
     # The second stage is enough: the first one's folder may be gone.
     (tmp_path / "out-pretrain").rename(tmp_path / "gone")
     assert calls() == [("eval.sh", "out", "--tasks", "a")]

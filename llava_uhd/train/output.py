@@ -39,6 +39,15 @@ def _comparable(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
+def _filled(path: Path, recipe: Resolved) -> dict[str, Any]:
+    """A written recipe, with the defaults of keys that did not exist yet when it was written."""
+    written = load_yaml(path)
+    try:
+        return type(recipe).from_dict(written).to_dict()
+    except UserError:
+        return written
+
+
 def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
     """Dotted keys whose values differ between two nested recipes, with both values."""
     found = []
@@ -65,7 +74,7 @@ def is_finished(recipe: Resolved) -> bool:
     finished = bool(read_manifest(folder).get("finished"))
     begun = finished or any(_is_complete(each) for each in folder.glob("checkpoint-*"))
     if begun and path.is_file():
-        changed = differences(_comparable(load_yaml(path)), _comparable(recipe.to_dict()))
+        changed = differences(_comparable(_filled(path, recipe)), _comparable(recipe.to_dict()))
         if changed:
             raise UserError(
                 f"{folder} holds a run with other settings ({'; '.join(changed[:4])}): set "
