@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -198,21 +199,20 @@ def photographs() -> list[Source]:
 
     Each photograph of 640 x 427 pixels gives six squares of 213 pixels.
     """
-    try:
-        from sklearn.datasets import load_sample_images
-    except ImportError:
+    spec = importlib.util.find_spec("sklearn")
+    folder = Path(str(spec.origin)).parent / "datasets" / "images" if spec else Path()
+    files = sorted(folder.glob("*.jpg")) if spec else []
+    if not files:
         logger.info("scikit-learn is not installed: its photographs are not measured")
-        return []
     sources = []
-    bunch = load_sample_images()
-    for file, pixels in zip(bunch.filenames, bunch.images, strict=True):
-        side = pixels.shape[0] // 2
+    for file in files:
+        picture = open_image(file)
+        side = picture.height // 2
         for row in range(2):
             for column in range(3):
-                top, left = row * side, column * side
-                part = np.ascontiguousarray(pixels[top : top + side, left : left + side])
-                name = f"{Path(file).stem} {row + 1}/{column + 1}"
-                sources.append(Source(name, partial(Image.fromarray, part)))
+                box = (column * side, row * side, (column + 1) * side, (row + 1) * side)
+                name = f"{file.stem} {row + 1}/{column + 1}"
+                sources.append(Source(name, picture.crop(box).copy))
     return sources
 
 

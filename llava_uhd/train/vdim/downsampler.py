@@ -30,6 +30,31 @@ def sum_windows(maps: torch.Tensor, window: int) -> torch.Tensor:
     return F.avg_pool2d(maps, window) * (window * window)
 
 
+def sum_resampled(
+    maps: torch.Tensor, weights: torch.Tensor, resampling: Resampling, window: int
+) -> torch.Tensor:
+    """`sum_windows` of weighted resampled maps, without ever making these.
+
+    Weights and resampling together are one matrix from the small map to the windows.
+
+    Args:
+        maps: (B, C, h, w), small.
+        weights: (B or 1, H, W) of the pixels of the resampled map.
+        resampling: makes (B, C, H, W) of ``maps``.
+        window: side of a window.
+
+    Returns:
+        (B, C, H / window, W / window).
+    """
+    rows = resampling.matrix(0, maps.shape[-2], maps.device).unflatten(0, (-1, window))
+    columns = resampling.matrix(1, maps.shape[-1], maps.device).unflatten(0, (-1, window))
+    cells = weights.unflatten(2, (-1, window)).unflatten(1, (-1, window))
+    matrix = torch.einsum("biujv,jvq->biujq", cells, columns)
+    matrix = torch.einsum("biujq,iup->bpqij", matrix, rows)
+    small = maps.flatten(2) @ matrix.flatten(3).flatten(1, 2)
+    return small.unflatten(2, (len(rows), len(columns)))
+
+
 def check_windows(maps: torch.Tensor, window: int) -> tuple[int, int]:
     """(rows, columns) of windows in a map.
 
@@ -86,16 +111,36 @@ class AttentionDownsampler(nn.Module):
 
     def pool(self, maps: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
         """The same for maps that are blurred already."""
-        rows, columns = check_windows(maps, self.window)
+        check_windows(maps, self.window)
+        weights = self.weights(self.pixel_logits(maps), keep)
+        return sum_windows(maps * weights[:, None].to(maps.dtype), self.window)
+
+    def pool_resampled(
+        self, maps: torch.Tensor, resampling: Resampling, keep: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`pool` of a resampled map, from the small one.
+
+        Dropout of single channels at single pixels is the one thing that needs the large map.
+        """
+        dropout = self.attention_net[0]
+        if self.training and getattr(dropout, "p", 0.0) > 0:
+            return self.pool(resampling(maps), keep)
+        linear = self.attention_net[1]
+        small = torch.einsum("bchw,oc->bohw", maps, linear.weight)
+        weights = self.weights(resampling(small) + linear.bias, keep)
+        return sum_resampled(maps, weights, resampling, self.window)
+
+    def weights(self, logits: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
+        """Softmax inside each window: (B, 1, H, W) to (B, H, W)."""
+        rows, columns = check_windows(logits, self.window)
         k = self.window
-        logits = self.pixel_logits(maps).view(-1, rows, k, columns, k).transpose(2, 3)
+        logits = logits.float().view(-1, rows, k, columns, k).transpose(2, 3)
         if keep is not None:
             mask = (keep > KEEP).to(logits.dtype)
             logits = logits * mask.reshape(-1, rows, columns, 1, 1)
-        weights = (logits.float() * self.w + self.b).flatten(-2).softmax(-1)
+        weights = (logits * self.w + self.b).flatten(-2).softmax(-1)
         weights = weights.view(-1, rows, columns, k, k).transpose(2, 3)
-        weights = weights.reshape(-1, 1, rows * k, columns * k).to(maps.dtype)
-        return sum_windows(maps * weights, k)
+        return weights.reshape(-1, rows * k, columns * k)
 
 
 class SimpleDownsampler(nn.Module):
@@ -120,9 +165,13 @@ class SimpleDownsampler(nn.Module):
         positive = self.kernel_params.abs()
         return (positive / positive.sum())[None, None]
 
-    def pool(self, maps: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
-        """As `forward`: this downsampler does not blur."""
-        return self(maps, keep)
+    def pool_resampled(
+        self, maps: torch.Tensor, resampling: Resampling, keep: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`forward` of a resampled map, from the small one."""
+        rows, columns = (side // self.window for side in resampling.size)
+        weights = self.kernel()[0].tile(1, rows, columns)
+        return sum_resampled(maps, weights, resampling, self.window)
 
     def forward(self, maps: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
         """Shrinks maps by the window; ``keep`` is for the other downsampler and unused.

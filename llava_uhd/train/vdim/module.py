@@ -314,8 +314,7 @@ class VdimModule(nn.Module):
             name = self.head_name(scale)
             head = self.heads[name]
             sharp = Resampling(size, jitter, config.max_pad)
-            shown = replace(sharp, blur=head.downsampler.blur)(seen[scale])
-            guess = self.shrink(head, shown, draws)
+            guess = self.shrink(head, seen[scale], sharp, draws)
             deviation = None if head.scale_net is None else head.scale_net(target)
             error = reconstruction_loss(project(guess), project(target), deviation)
             parts[f"rec_{name}"] = error / config.n_jitters
@@ -334,11 +333,15 @@ class VdimModule(nn.Module):
         control = parts.get(f"rec_{self.head_name(CONTROL)}", torch.zeros_like(loss))
         return loss, {**parts, "total": loss - control}
 
-    def shrink(self, head: nn.Module, shown: torch.Tensor, draws: Draws) -> torch.Tensor:
-        """Maps in picture resolution to the tower's grid."""
-        rows, columns = shown.shape[-2] // self.patch, shown.shape[-1] // self.patch
-        keep = draws.keep(shown.shape[0], rows, columns).to(shown.device)
-        small: torch.Tensor = head.downsampler.pool(shown, keep)
+    def shrink(
+        self, head: nn.Module, maps: torch.Tensor, sharp: Resampling, draws: Draws
+    ) -> torch.Tensor:
+        """Jitters maps like the picture and shrinks them to the tower's grid."""
+        rows, columns = (side // self.patch for side in sharp.size)
+        keep = draws.keep(maps.shape[0], rows, columns).to(maps.device)
+        blurred = replace(sharp, blur=head.downsampler.blur)
+        with torch.autocast(maps.device.type, enabled=False):
+            small: torch.Tensor = head.downsampler.pool_resampled(maps.float(), blurred, keep)
         return small
 
     def other_terms(
