@@ -23,7 +23,7 @@ GUIDANCE_WIDTH = 3
 STACKS = (2, 4, 8)
 
 # Elements of a map that the last 1x1 convolution takes at a time where nothing learns.
-IN_PLACE_ELEMENTS = 2**21
+IN_PLACE_ELEMENTS = 2**20
 
 
 def stack_scale(scales: Collection[int]) -> int | None:
@@ -145,6 +145,17 @@ class JBUStage(QuietWhileFrozen):
         return upsample_conv(source, self.kernel(small))
 
 
+class PointwiseConv(nn.Conv2d):
+    """A 1x1 convolution of channels-last rows (..., C), which is a linear layer."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, width, 1)
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        """(..., C) to the same."""
+        return F.linear(rows, self.weight.flatten(1), self.bias)
+
+
 class Fixup(QuietWhileFrozen, nn.Sequential):
     """``x + 0.1 * conv(x)``, a 1x1 convolution behind channel dropout.
 
@@ -152,39 +163,31 @@ class Fixup(QuietWhileFrozen, nn.Sequential):
     """
 
     def __init__(self, width: int) -> None:
-        super().__init__(nn.Dropout2d(0.2), nn.Conv2d(width, width, 1))
+        super().__init__(nn.Dropout2d(0.2), PointwiseConv(width))
 
     def reset_weights(self) -> None:
         """Published initial values."""
-        reset_conv(self._conv)
+        for module in self:
+            if isinstance(module, nn.Conv2d):
+                reset_conv(module)
 
-    @property
-    def _conv(self) -> nn.Conv2d:
-        conv = self[1]
-        assert isinstance(conv, nn.Conv2d)
-        return conv
-
-    def forward(self, maps: torch.Tensor, zero: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, maps: torch.Tensor) -> torch.Tensor:
         """Corrects maps; where nothing is to be learned, in place.
 
         Args:
             maps: (B, H, W, C), channels last, which the caller gives away.
-            zero: added to the bias; see `UpsamplerStack`.
 
         Returns:
             (B, H, W, C).
         """
         self.hush()
-        conv = self._conv
-        weight, bias = conv.weight.flatten(1), conv.bias
-        if zero is not None and bias is not None:
-            bias = bias + zero
+        dropout, conv = self
         grad = torch.is_grad_enabled() and (maps.requires_grad or learns(self))
         if grad or self.training:
-            dropped = self[0](maps.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-            return torch.add(maps, F.linear(dropped, weight, bias), alpha=0.1)
+            dropped = dropout(maps.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+            return torch.add(maps, conv(dropped), alpha=0.1)
         for rows in maps.view(-1, maps.shape[-1]).split(IN_PLACE_ELEMENTS // maps.shape[-1] + 1):
-            rows.add_(F.linear(rows, weight, bias), alpha=0.1)
+            rows.add_(conv(rows), alpha=0.1)
         return maps
 
 
@@ -322,15 +325,12 @@ class UpsamplerStack(QuietWhileFrozen):
             rows = stage(rows, guidance)
             fixup = self.fixup(scale)
             if fixup is not None:
-                rows = fixup(rows, self._zero() if scale == 8 else None)
+                rows = fixup(rows)
+            if scale == 8 and torch.is_grad_enabled() and learns(self.fixup_proj):
+                idle = [each.sum() for each in self.fixup_proj.parameters()]
+                rows.add_(torch.stack(idle).sum() * 0.0)
             if scale in chosen:
                 maps[scale] = rows.permute(0, 3, 1, 2)
             if detach:
                 rows = rows.detach()
         return maps
-
-    def _zero(self) -> torch.Tensor | None:
-        """Zero that depends on ``fixup_proj``, where that learns."""
-        if not (torch.is_grad_enabled() and learns(self.fixup_proj)):
-            return None
-        return torch.stack([each.sum() for each in self.fixup_proj.parameters()]).sum() * 0.0
