@@ -81,7 +81,7 @@ def run_stage(
 def run_fixup(fixup: Fixup, maps: torch.Tensor) -> torch.Tensor:
     """(B, C, H, W) to the same."""
     dropout, convolution = fixup
-    return 0.1 * convolution(dropout(maps)) + maps
+    return 0.1 * F.conv2d(dropout(maps), convolution.weight, convolution.bias) + maps
 
 
 def run_stack(

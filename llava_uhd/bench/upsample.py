@@ -15,7 +15,7 @@ from llava_uhd.bench import plain_upsample as plain
 from llava_uhd.bench.alone import Alone, compare_alone
 from llava_uhd.bench.encode import image_size
 from llava_uhd.bench.output import make_console, mebibytes, print_table, seconds, write_json
-from llava_uhd.bench.timing import Comparison, Variant, compare
+from llava_uhd.bench.timing import Comparison, Measurement, Variant, compare
 from llava_uhd.errors import UserError
 from llava_uhd.vision import adaptive_conv_tiles
 from llava_uhd.vision.adaptive_conv import upsample_conv
@@ -25,6 +25,7 @@ from llava_uhd.vision.upsampler import STACKS, UpsamplerStack
 # Largest difference to the first form, relative to its largest value.
 ERROR_BOUNDS = {"float32": 1e-5, "bfloat16": 2**-6}
 
+GPU_LOOPS = 20
 PATCH = 14  # pixels of the guiding image for each cell of the tower's map
 
 OURS, TILES = "ours", "ours without the GPU kernels"
@@ -69,6 +70,24 @@ class Task:
     def key(self) -> Key:
         """What tells a task from others of one run."""
         return self.kind, self.size, self.dtype
+
+    @property
+    def least_bytes(self) -> int:
+        """Traffic with a GPU's memory that no form can avoid: inputs read, results written."""
+        size = 2 if self.dtype == "bfloat16" else 4
+        rows, columns = self.size
+        cells = self.batch * rows * columns
+        maps = cells * self.width * size  # the source; a map of twice its size takes four times
+        kernels = 4 * cells * 49 * size
+        if self.kind == "kernels":
+            return 4 * cells * (3 + 49) * size
+        if self.kind == "stack":
+            images = 3 * PATCH**2 * cells * size
+            larger = sum(ratio**2 for ratio in STACKS if ratio <= self.scale)
+            return maps * (1 + larger) + images + self.width * (self.width + 1) * size
+        forward = maps + kernels + 4 * maps
+        # Backward: the gradient of the output and both inputs read, two gradients written.
+        return forward if self.kind == "convolution" else 2 * forward + maps + kernels
 
     def random(self, seed: int, *shape: int) -> torch.Tensor:
         """Normal numbers."""
@@ -199,12 +218,39 @@ def compare_on_gpu(first: Task, repeats: int, threads: int) -> dict[Key, Compari
                 forms = list(cpu_forms(task))
             elif task.kind == "gradients":
                 forms.remove(TILES)
-            variants = {form: make_variant(task, form) for form in forms}
-            device = torch.device(task.device)
-            results[task.key] = compare(
-                f"{title}, {dtype}", variants, repeats=repeats, device=device
-            )
+            variants = {form: _looped(make_variant(task, form)) for form in forms}
+            found = compare(title, variants, repeats=repeats, device=task.device)
+            rows = [_one_loop(row) for row in found.rows]
+            title = f"{title}, {dtype}, at least {task.least_bytes:,} bytes"
+            speed = memory_speed(torch.device(task.device))
+            if speed:
+                title += f" in {seconds(task.least_bytes / speed)}"
+            results[task.key] = Comparison(title, tuple(rows))
     return results
+
+
+def memory_speed(device: torch.device) -> float | None:
+    """Bytes per second of a GPU's memory, from its clock and its bus, where these are known."""
+    facts = torch.cuda.get_device_properties(device)
+    clock, bus = (getattr(facts, name, 0) for name in ("memory_clock_rate", "memory_bus_width"))
+    return 2 * clock * 1e3 * bus / 8 or None
+
+
+def _looped(variant: Variant) -> Variant:
+    """Several runs as one: a GPU finishes one before the clock is read."""
+
+    def run() -> Any:
+        for _ in range(GPU_LOOPS - 1):
+            variant.run()
+        return variant.run()
+
+    return Variant(run, variant.common)
+
+
+def _one_loop(row: Measurement) -> Measurement:
+    return dataclasses.replace(
+        row, best_s=row.best_s / GPU_LOOPS, median_s=row.median_s / GPU_LOOPS
+    )
 
 
 def make_variant(task: Task, form: str) -> Variant:
