@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fixtures_runs import Train, run_here, weights
+from fixtures_runs import Train, assert_same_run, break_at, run_here, weights
 from safetensors.torch import load_file
 
 from llava_uhd.checkpoint.load import load_pretrained
@@ -250,6 +250,15 @@ def test_the_switch_trains(
 def parts_or_all(folder: Path) -> set[str]:
     """Parts of the checkpoint; all of them where everything learned."""
     return parts_in(folder) if (folder / "checkpoint-1/trainable.safetensors").is_file() else set()
+
+
+def test_a_broken_run_goes_on_exactly(train: Train, tmp_path: Path) -> None:
+    """With a learning upsampler, whose dropout draws random numbers too."""
+    words = ("--debug", "--trainer.learning_rate", "1e-3", "--trainer.warmup_steps", "0")
+    whole = train("uhd_v2/finetune_vicuna7b", str(tmp_path / "whole"), *words)
+    given = ("uhd_v2/finetune_vicuna7b", str(tmp_path / "broken"), *words)
+    break_at(3, train, *given)
+    assert_same_run(whole, train(*given))
 
 
 @pytest.mark.parametrize("mask", ["2", "15"])
