@@ -94,6 +94,21 @@ def test_forms_of_the_gpu_run_compute_the_same() -> None:
             assert (found - expected).abs().max() <= bound * expected.abs().max()
 
 
+def test_gpu_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of it, but on a CPU."""
+    monkeypatch.setattr(upsample, "memory_speed", lambda device: 1e9)
+    monkeypatch.setattr(upsample, "GPU_LOOPS", 2)
+    found = upsample.compare_on_gpu(upsample.Task("convolution", (4, 5), 8), 1, 1)
+    kinds = [(kind, dtype) for kind, _, dtype in found]
+    assert kinds.count(("convolution", "float32")) == kinds.count(("convolution", "bfloat16")) == 2
+    assert kinds.count(("stack", "float32")) == 1 and ("stack", "bfloat16") not in kinds
+    for (_, _, dtype), comparison in found.items():
+        assert comparison.worst_error <= upsample.ERROR_BOUNDS[dtype], comparison.title
+    first = next(iter(found.values()))
+    assert first.title.endswith("float32, at least 18,880 bytes in 0.0189 ms")
+    assert [row.name for row in first.rows][-2:] == ["ours without the GPU kernels", "ours"]
+
+
 def test_least_traffic() -> None:
     """2.4 + 9.4 + 37.7 MB of maps, 1.4 of the image, 4.2 of weights."""
     task = upsample.Task("stack", (24, 24), 1024)

@@ -81,6 +81,7 @@ def run_stage(
 def run_fixup(fixup: Fixup, maps: torch.Tensor) -> torch.Tensor:
     """(B, C, H, W) to the same."""
     dropout, convolution = fixup
+    assert isinstance(convolution, torch.nn.Conv2d)
     return 0.1 * F.conv2d(dropout(maps), convolution.weight, convolution.bias) + maps
 
 
