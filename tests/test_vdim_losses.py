@@ -243,8 +243,10 @@ class Recorded(Draws):
     def projection(self, batch: int, width: int, to: int) -> torch.Tensor:
         return next(self.streams["projection_normal"])
 
-    def keep(self, batch: int, rows: int, columns: int) -> torch.Tensor:
-        return next(self.streams["keep_uniform"])
+    def keep(self, batch: int, rows: int, columns: int, control: bool = False) -> torch.Tensor:
+        return (
+            torch.ones(batch, rows, columns, 1) if control else next(self.streams["keep_uniform"])
+        )
 
     def points(self, size: tuple[int, int], count: int) -> torch.Tensor:
         index = self.streams["crf_index"]
@@ -280,10 +282,6 @@ def test_golden_training_step(golden: Path, reuse: bool, control: bool) -> None:
     assert not surplus and all(name.startswith("heads.1x.") for name in missing)
     module.eval()
     draws = Recorded(tensors, facts["jitters"])
-    if control:  # the control draws no projection or points of its own, but masks
-        masks = [tensors[f"keep_uniform.{i}"] for i in range(4)]
-        order = [masks[0], masks[1], masks[0], masks[2], masks[3], masks[0]]
-        draws.streams["keep_uniform"] = iter(order)
     outputs = module(tensors["img"], draws=draws)
     assert next(draws.streams["crf_index"], None) is None, "everything drawn was used"
     parts = {name: float(value.detach()) for name, value in outputs.items()}

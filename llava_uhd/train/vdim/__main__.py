@@ -12,7 +12,7 @@ from rich.table import Table
 from transformers import TrainingArguments, set_seed
 from transformers.utils import logging as library_logging
 
-from llava_uhd.checkpoint.manifest import read_manifest, write_manifest
+from llava_uhd.checkpoint.manifest import write_manifest
 from llava_uhd.config.recipe import list_recipes
 from llava_uhd.config.vdim import VDIM_RECIPES, VdimRecipe, load_vdim_recipe
 from llava_uhd.errors import UserError, command
@@ -175,11 +175,6 @@ def conclude(recipe: VdimRecipe, trainer: VdimTrainer, folder: Path) -> None:
     )
     console.print(measure_table(rows))
     say(f"final loss {losses[-1]['loss']} after {step} steps: {folder}", arguments)
-
-
-def finished_rows(folder: Path) -> list[dict[str, object]]:
-    """What a finished run measured, for reports."""
-    return list(read_manifest(folder).get("measured", []))
 
 
 if __name__ == "__main__":

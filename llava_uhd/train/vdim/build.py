@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import torch
+from transformers import TrainingArguments
+
 from llava_uhd.checkpoint.parts import open_tower
 from llava_uhd.config.model import ImageConfig, make_config
 from llava_uhd.config.vdim import IMAGENET, VdimRecipe
@@ -51,7 +54,10 @@ def build_module(recipe: VdimRecipe) -> VdimModule:
     if res // patch < 2:
         raise UserError(f"data.res {res} has too few patches of {patch} pixels: use {4 * patch}")
     module = VdimModule(features, recipe.vdim)
-    module.reset_weights()
+    # Not the state that building left: with or without the control, the rest starts alike.
+    with torch.random.fork_rng([]):
+        torch.manual_seed(recipe.trainer.arguments.get("seed", TrainingArguments.seed))
+        module.reset_weights()
     return module
 
 

@@ -29,6 +29,8 @@ class Draws:
     def __init__(self, seed: int) -> None:
         self.coins = random.Random(seed)
         self.generator = torch.Generator().manual_seed(seed)
+        # The control's own, so that with or without it everything else is drawn alike.
+        self.aside = torch.Generator().manual_seed(seed_of(seed, 1))
 
     def jitter(self, limits: JitterRange, size: tuple[int, int]) -> Jitter:
         """A view of pictures of (height, width)."""
@@ -38,9 +40,10 @@ class Draws:
         """Normal (batch, width, to), not yet normalised."""
         return torch.randn(batch, width, to, generator=self.generator)
 
-    def keep(self, batch: int, rows: int, columns: int) -> torch.Tensor:
+    def keep(self, batch: int, rows: int, columns: int, control: bool = False) -> torch.Tensor:
         """Uniform (batch, rows, columns, 1) for `AttentionDownsampler`."""
-        return torch.rand(batch, rows, columns, 1, generator=self.generator)
+        generator = self.aside if control else self.generator
+        return torch.rand(batch, rows, columns, 1, generator=generator)
 
     def points(self, size: tuple[int, int], count: int) -> torch.Tensor:
         """int64 (2, count): rows, then columns, of places in (height, width), with replacement."""

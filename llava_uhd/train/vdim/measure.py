@@ -25,7 +25,14 @@ from llava_uhd.train.vdim.data import Source, Transform, batches
 from llava_uhd.train.vdim.draws import Draws, seed_of
 from llava_uhd.train.vdim.jitter import JitterRange, apply_jitter
 from llava_uhd.train.vdim.losses import reconstruction_loss
-from llava_uhd.train.vdim.module import CONTROL, Projection, TowerFeatures, VdimModule, enlarge
+from llava_uhd.train.vdim.module import (
+    CONTROL,
+    Projection,
+    TowerFeatures,
+    VdimModule,
+    enlarge,
+    shrink,
+)
 from llava_uhd.train.vdim.resample import Resampling
 
 # Keeps the draws of a measurement apart from those of the training.
@@ -179,11 +186,10 @@ def _measure_view(
     spread.add(target)
     for candidate, each in sums.items():
         head = module.heads[candidate.head]
-        blurred = Resampling(size, jitter, config.max_pad, head.downsampler.blur)
         shown = maps[candidate.scale].float()
         if candidate.mode != "bilinear":
             shown = enlarge(shown, size, candidate.mode)
-        guess = head.downsampler.pool_resampled(shown, blurred)
+        guess = shrink(head, shown, Resampling(size, jitter, config.max_pad))
         deviation = None if head.scale_net is None else head.scale_net(target)
         loss = reconstruction_loss(project(guess), project(target), deviation)
         # Batches need not be equally large.

@@ -176,6 +176,26 @@ class GradientSum:
                 total += gradient
 
 
+def shrink(
+    head: nn.Module, maps: torch.Tensor, view: Resampling, keep: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Jitters maps like their picture and shrinks them to the tower's grid.
+
+    Args:
+        head: whose downsampler.
+        maps: (B, C, h, w) of any size.
+        view: from the map to the view, without blur.
+        keep: see `AttentionDownsampler`.
+
+    Returns:
+        float32 (B, C, H / patch, W / patch).
+    """
+    blurred = replace(view, blur=head.downsampler.blur)
+    with torch.autocast(maps.device.type, enabled=False):
+        small: torch.Tensor = head.downsampler.pool_resampled(maps.float(), blurred, keep)
+    return small
+
+
 class VdimModule(nn.Module):
     """Frozen features, the stack that learns, and a head per scale.
 
@@ -314,7 +334,8 @@ class VdimModule(nn.Module):
             name = self.head_name(scale)
             head = self.heads[name]
             sharp = Resampling(size, jitter, config.max_pad)
-            guess = self.shrink(head, seen[scale], sharp, draws)
+            keep = draws.keep(len(pictures), *target.shape[-2:], control=scale == CONTROL)
+            guess = shrink(head, seen[scale], sharp, keep.to(pictures.device))
             deviation = None if head.scale_net is None else head.scale_net(target)
             error = reconstruction_loss(project(guess), project(target), deviation)
             parts[f"rec_{name}"] = error / config.n_jitters
@@ -332,17 +353,6 @@ class VdimModule(nn.Module):
                 loss = loss - config.filter_ent_weight * found["ent"]
         control = parts.get(f"rec_{self.head_name(CONTROL)}", torch.zeros_like(loss))
         return loss, {**parts, "total": loss - control}
-
-    def shrink(
-        self, head: nn.Module, maps: torch.Tensor, sharp: Resampling, draws: Draws
-    ) -> torch.Tensor:
-        """Jitters maps like the picture and shrinks them to the tower's grid."""
-        rows, columns = (side // self.patch for side in sharp.size)
-        keep = draws.keep(maps.shape[0], rows, columns).to(maps.device)
-        blurred = replace(sharp, blur=head.downsampler.blur)
-        with torch.autocast(maps.device.type, enabled=False):
-            small: torch.Tensor = head.downsampler.pool_resampled(maps.float(), blurred, keep)
-        return small
 
     def other_terms(
         self,

@@ -20,6 +20,13 @@ COLUMNS = {
     "enlarged_error": "enlarged: error",
     "enlarged_cosine": "enlarged: cosine",
 }
+# The terminal's table is narrow, and the Markdown file explains the rest.
+SHORT = {
+    "loss": "loss",
+    "error": "error",
+    "shifted_error": "shifted",
+    "enlarged_error": "enlarged",
+}
 
 EXPLANATION = """\
 - *reconstruction loss*: the training's own loss per view (evaluation mode, held-out pictures, views
@@ -37,13 +44,14 @@ Lower errors and losses and higher cosines are better.
 
 def measure_table(rows: Sequence[dict[str, Any]]) -> Table:
     """What `measure` found, as a table for the terminal."""
-    table = Table(title="held-out pictures", title_justify="left")
-    for heading in ("pictures", "maps", *COLUMNS.values()):
-        table.add_column(heading, justify="left" if heading in ("pictures", "maps") else "right")
+    table = Table(title=f"held-out pictures (explained in {REPORT_FILE})", title_justify="left")
+    for heading in ("pictures", "maps", *SHORT.values()):
+        left = heading in ("pictures", "maps")
+        table.add_column(heading, justify="left" if left else "right", no_wrap=True)
     last = None
     for row in rows:
         group = f"{row['pictures']} {row['group']}"
-        cells = [f"{row[name]:.4f}" for name in COLUMNS]
+        cells = [f"{row[name]:.4f}" for name in SHORT]
         table.add_row("" if group == last else group, row["candidate"], *cells)
         last = group
     return table
