@@ -324,6 +324,9 @@ def test_parts_learn_at_their_rates(
 def test_an_upsampler_that_is_not_there(model: LlavaUHDForConditionalGeneration) -> None:
     from fixtures_tiny import tiny_parts
 
+    for word in ("stage.learn.upsampler true", "model.upsampler_file vdim.ckpt"):
+        with pytest.raises(UserError, match="needs an upsampler, but model.projector.scales is"):
+            load_recipe("uhd_v1/pretrain_vicuna7b", f"--{word}".split())
     other = tiny_parts()[0]
     for part in ("upsampler", "upsampler_fixup"):
         with pytest.raises(UserError, match=rf"stage.learn.{part}: .* has no upsampler"):

@@ -270,11 +270,6 @@ def _from_parts(
         new.append("projector")
     if section.upsampler_file is not None:
         state |= read_upsampler(section.upsampler_file, config)
-    elif "projector" in new and max(config.projector.scales) > 1:
-        logger.warning(
-            "the projector's upsampler starts from initial values: name a pre-trained one with "
-            "--model.upsampler_file (bash scripts/vdim_pretrain.sh makes it)"
-        )
     processor = LlavaUHDProcessor.from_parts(tokenizer, config)
     model = build_model(
         config,
@@ -284,6 +279,12 @@ def _from_parts(
         attn_implementation=section.attn_implementation,
         may_miss=tuple(f"{part}." for part in new),
     )
+    untrained = "projector" in new and section.upsampler_file is None
+    if untrained and hasattr(model.projector, "upsampler"):
+        logger.warning(
+            "the projector's upsampler starts from initial values: name a pre-trained one with "
+            "--model.upsampler_file (bash scripts/vdim_pretrain.sh makes it)"
+        )
     return Assembled(model, processor, tuple(new))
 
 

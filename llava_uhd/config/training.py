@@ -279,6 +279,14 @@ class Recipe(Resolved):
             raise UserError("data.path is missing: name the JSON file of the training samples")
         if self.model.checkpoint is None and self.model.language_model is None:
             raise UserError("model.language_model is missing (or give a whole model.checkpoint)")
+        wanted = [f"stage.learn.{part}" for part in UPSAMPLER_PARTS if part in self.stage.learn]
+        if self.model.upsampler_file is not None:
+            wanted.append("model.upsampler_file")
+        if wanted and self.model.checkpoint is None and max(self.model.projector.scales) == 1:
+            raise UserError(
+                f"{wanted[0]} needs an upsampler, but model.projector.scales is [1]: leave it out, "
+                "or choose a multi-scale projector and its scales"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested form with every default filled in; `from_dict` reads it back.

@@ -157,6 +157,7 @@ def conclude(recipe: Recipe, trainer: StageTrainer, folder: Path) -> None:
         language_model=recipe.model.language_model,
         vision_tower=recipe.model.vision_tower,
         checkpoint=recipe.model.checkpoint,
+        upsampler=recipe.model.upsampler_file,
         template=recipe.model.template,
         steps=trainer.state.global_step,
         final_loss=losses[-1]["loss"] if losses else None,
