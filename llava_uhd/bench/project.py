@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -34,7 +34,8 @@ OUTPUT_BOUND, GRADIENT_BOUND = 1e-5, 1e-4
 # Values of each result that are compared (evenly spread).
 SAMPLES = 2**17
 
-PLAIN, FAST = "plain", "fast"
+PLAIN: Final = "plain"
+FAST: Final = "fast"
 
 NOTES = """\
 CPU time of a process for each form and pass, which runs once unless --repeats says more; memory is
@@ -143,7 +144,7 @@ def make_run(task: Task, form: str) -> Callable[[], dict[str, torch.Tensor]]:
         fill_weights(tower, width)
         return lambda: {"output": tower(pixels, view_grids)}
     module = GivenMaps(config) if task.kind == "given" else HiwinProjector(config)
-    module.form = form
+    module.form = PLAIN if form == PLAIN else FAST
     fill_weights(module, task.width)
     if stack_scale(task.scales):
         module.upsampler.requires_grad_(False)

@@ -14,7 +14,8 @@ from transformers import PreTrainedConfig
 
 from llava_uhd.config.model import LlavaUHDConfig
 from llava_uhd.errors import UserError
-from llava_uhd.images.cost_projectors import PROJECTOR_COSTS, Convention
+from llava_uhd.images.cost_projectors import PROJECTOR_COSTS
+from llava_uhd.images.cost_projectors import Convention as Convention
 from llava_uhd.images.geometry import Size, SlicePlan, num_schema_tokens
 from llava_uhd.images.tokens import view_token_counts
 
