@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import pickle
 import random
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from fixtures_runs import ROOT
 from fixtures_tiny import picture
 from PIL import Image
 
 from llava_uhd.config.recipe import list_recipes, load_recipe
-from llava_uhd.config.vdim import IMAGENET, PictureConfig, VdimRecipe, load_vdim_recipe
+from llava_uhd.config.vdim import (
+    IMAGENET,
+    PictureConfig,
+    TowerSection,
+    VdimConfig,
+    VdimRecipe,
+    load_vdim_recipe,
+)
 from llava_uhd.errors import UserError
 from llava_uhd.train.vdim.data import (
     Pictures,
@@ -280,3 +291,16 @@ def test_later_data_replace_earlier_ones() -> None:
     recipe = load_vdim_recipe("vdim/better", ["--data.folder", "mine"])
     assert (recipe.data.root, recipe.data.folder) == (None, "mine")
     assert load_vdim_recipe("vdim/better", ["--data.embedded", "debug"]).data.root is None
+
+
+def test_documented_keys() -> None:
+    """docs/vdim.md has every key of the three sections of its own, with its default."""
+    page = (ROOT / "docs/vdim.md").read_text(encoding="utf-8")
+    kinds = {"tower": TowerSection, "data": PictureConfig, "vdim": VdimConfig}
+    expected = {
+        f"{section}.{item.name}": json.dumps(item.default).strip('"')
+        for section, kind in kinds.items()
+        for item in dataclasses.fields(kind)
+    }
+    rows = re.findall(r"^\| `((?:tower|data|vdim)\.\w+)` \| (\S+) \| \S", page, re.MULTILINE)
+    assert dict(rows) == expected and len(rows) == len(expected)
