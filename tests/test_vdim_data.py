@@ -142,8 +142,10 @@ def test_a_broken_picture_is_named(tmp_path: Path) -> None:
 def test_embedded_pictures_are_drawn_and_kept_apart() -> None:
     data = PictureConfig(embedded="debug", held_out=5, **CALM)
     found = open_pictures(data)
-    assert (len(found.train), len(found.held_out["held out"])) == (16, 5)
-    tiles = [np.asarray(source.open()) for source in (*found.train, *found.held_out["held out"])]
+    assert len(found.train) == 2 * 16
+    assert {name: len(group) for name, group in found.held_out.items()} == {"tiles": 5, "leaves": 5}
+    sources = [*found.train, *found.held_out["tiles"], *found.held_out["leaves"]]
+    tiles = [np.asarray(source.open()) for source in sources]
     assert all(tile.shape == (64, 64, 3) for tile in tiles)
     assert len({tile.tobytes() for tile in tiles}) == len(tiles)
     assert np.array_equal(tiles[3], np.asarray(open_pictures(data).train[3].open()))
@@ -159,7 +161,7 @@ def test_photographs() -> None:
     assert all(part.open().size == (213, 213) for part in parts)
     assert {part.name.split(" ")[0] for part in parts} == {"china", "flower"}
     found = open_pictures(PictureConfig(embedded="debug", held_out=2))
-    assert set(found.held_out) == {"held out", "photographs"}
+    assert set(found.held_out) == {"tiles", "leaves", "photographs"}
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ class Resolved:
     @classmethod
     def keys(cls) -> dict[str, Any]:
         """Every dotted key that a recipe of this kind can hold, with its type."""
-        return _keys(cls)
+        return _keys(cls)  # type: ignore[arg-type]
 
     @classmethod
     def from_dict(cls: type[Kind], values: dict[str, Any]) -> Kind:

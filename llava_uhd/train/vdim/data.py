@@ -18,10 +18,11 @@ from torch.utils.data import Dataset
 
 from llava_uhd.config.vdim import PictureConfig
 from llava_uhd.data.drawing import render
-from llava_uhd.data.synthetic import EMBEDDED, tile_scene
+from llava_uhd.data.synthetic import EMBEDDED, TILE, tile_scene
 from llava_uhd.errors import UserError
 from llava_uhd.images.pixels import open_image
 from llava_uhd.train.vdim.draws import seed_of
+from llava_uhd.train.vdim.leaves import draw_leaves
 
 logger = logging.getLogger(__name__)
 
@@ -71,18 +72,13 @@ def open_pictures(data: PictureConfig) -> PictureSet:
             is not there.
     """
     if data.embedded is not None:
-        train, held_out = _embedded(data.embedded, data.held_out)
+        return _embedded(data)
     elif data.folder is not None:
         train, held_out = _folder(data)
     else:
         train = coco_sources(Path(str(data.root)), data.split, data.list)
         held_out = coco_sources(Path(str(data.root)), data.held_out_split, data.held_out_list)
-    groups = {"held out": held_out[: data.held_out]} if held_out else {}
-    if data.photographs:
-        groups |= {"photographs": found} if (found := photographs()) else {}
-    if not groups:
-        raise UserError("there is no held-out picture: give data.held_out_folder")
-    return PictureSet(train, groups)
+    return PictureSet(train, {"held out": held_out[: data.held_out], **_photographs(data)})
 
 
 def coco_sources(root: Path, split: str, name: str) -> list[Source]:
@@ -177,21 +173,37 @@ def folder_files(folder: Path, key: str, follow_links: bool = False) -> list[Pat
     return found
 
 
-def _embedded(name: str, held_out: int) -> tuple[list[Source], list[Source]]:
-    """Tiles of an embedded data set, and tiles of another seed."""
-    if name not in EMBEDDED:
-        raise UserError(f"data.embedded '{name}' is not one of {', '.join(sorted(EMBEDDED))}")
-    config = EMBEDDED[name]
+def _embedded(data: PictureConfig) -> PictureSet:
+    """Tiles of an embedded data set and as many dead leaves; held out are those of another seed."""
+    if data.embedded not in EMBEDDED:
+        raise UserError(
+            f"data.embedded '{data.embedded}' is not one of {', '.join(sorted(EMBEDDED))}"
+        )
+    config = EMBEDDED[data.embedded]
 
-    def drawn(seed: int, index: int) -> Source:
+    def tile(seed: int, index: int) -> Source:
         return Source(f"tile {index} of seed {seed}", partial(_draw_tile, seed, index))
 
-    train = [drawn(config.seed, index) for index in range(config.tiles)]
-    return train, [drawn(config.seed + 1, index) for index in range(held_out)]
+    def leaves(seed: int, index: int) -> Source:
+        return Source(f"leaves {index} of seed {seed}", partial(draw_leaves, seed, index, TILE))
+
+    indices = range(config.tiles)
+    train = [kind(config.seed, index) for index in indices for kind in (tile, leaves)]
+    apart = config.seed + 1
+    held_out = {
+        "tiles": [tile(apart, index) for index in range(data.held_out)],
+        "leaves": [leaves(apart, index) for index in range(data.held_out)],
+    }
+    return PictureSet(train, {**held_out, **_photographs(data)})
 
 
 def _draw_tile(seed: int, index: int) -> Image.Image:
     return Image.fromarray(render(tile_scene(seed, index)))
+
+
+def _photographs(data: PictureConfig) -> dict[str, list[Source]]:
+    found = photographs() if data.photographs else []
+    return {"photographs": found} if found else {}
 
 
 def photographs() -> list[Source]:

@@ -89,12 +89,20 @@ class AttentionDownsampler(nn.Module):
         """Almost equal weights in a window."""
         init.normal_(self.w, mean=1.0, std=0.01)
         init.normal_(self.b, std=0.01)
-        self.attention_net[1].reset_parameters()
+        self.linear.reset_parameters()
+
+    @property
+    def linear(self) -> nn.Linear:
+        """Makes the logits."""
+        found = self.attention_net[1]
+        assert isinstance(found, nn.Linear)
+        return found
 
     def pixel_logits(self, maps: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) to (B, 1, H, W): how much each pixel asks to be looked at."""
-        dropout, linear = self.attention_net
-        return torch.einsum("bchw,oc->bohw", dropout(maps), linear.weight) + linear.bias
+        linear = self.linear
+        dropped = self.attention_net[0](maps)
+        return torch.einsum("bchw,oc->bohw", dropped, linear.weight) + linear.bias
 
     def forward(self, maps: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
         """Shrinks maps by the window.
@@ -125,7 +133,7 @@ class AttentionDownsampler(nn.Module):
         dropout = self.attention_net[0]
         if self.training and getattr(dropout, "p", 0.0) > 0:
             return self.pool(resampling(maps), keep)
-        linear = self.attention_net[1]
+        linear = self.linear
         small = torch.einsum("bchw,oc->bohw", maps, linear.weight)
         weights = self.weights(resampling(small) + linear.bias, keep)
         return sum_resampled(maps, weights, resampling, self.window)

@@ -185,7 +185,7 @@ def _measure_view(
     project = Projection.drawn(target, draws, config.random_projection)
     spread.add(target)
     for candidate, each in sums.items():
-        head = module.heads[candidate.head]
+        head = module.head(candidate.head)
         shown = maps[candidate.scale].float()
         if candidate.mode != "bilinear":
             shown = enlarge(shown, size, candidate.mode)
@@ -261,9 +261,10 @@ def _measure_resolution(
 
 def resized(maps: torch.Tensor, like: torch.Tensor, mode: str) -> torch.Tensor:
     """Maps in the size of others: enlarged by a filter, or averaged down."""
-    if maps.shape[-1] > like.shape[-1]:
-        return F.adaptive_avg_pool2d(maps, like.shape[-2:])
-    return enlarge(maps, (int(like.shape[-2]), int(like.shape[-1])), mode)
+    size = (int(like.shape[-2]), int(like.shape[-1]))
+    if maps.shape[-1] > size[1]:
+        return F.adaptive_avg_pool2d(maps, size)
+    return enlarge(maps, size, mode)
 
 
 def agreement(guess: torch.Tensor, target: torch.Tensor, border: int) -> tuple[float, float]:

@@ -123,9 +123,12 @@ class ScaleNet(nn.Module):
 class Head(nn.Module):
     """Downsampler and uncertainty of one scale."""
 
+    downsampler: AttentionDownsampler | SimpleDownsampler
+    scale_net: ScaleNet | None
+
     def __init__(self, width: int, patch: int, config: VdimConfig) -> None:
         super().__init__()
-        self.downsampler: AttentionDownsampler | SimpleDownsampler = (
+        self.downsampler = (
             AttentionDownsampler(width, patch, config.blur, config.dropout)
             if config.downsampler == "attention"
             else SimpleDownsampler(patch)
@@ -177,7 +180,7 @@ class GradientSum:
 
 
 def shrink(
-    head: nn.Module, maps: torch.Tensor, view: Resampling, keep: torch.Tensor | None = None
+    head: Head, maps: torch.Tensor, view: Resampling, keep: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Jitters maps like their picture and shrinks them to the tower's grid.
 
@@ -221,6 +224,12 @@ class VdimModule(nn.Module):
     def head_name(scale: int) -> str:
         """Name of a scale's head. Example: ``4x``."""
         return f"{scale}x"
+
+    def head(self, name: str) -> Head:
+        """The head of that name."""
+        found = self.heads[name]
+        assert isinstance(found, Head)
+        return found
 
     @property
     def scales(self) -> tuple[int, ...]:
@@ -332,9 +341,11 @@ class VdimModule(nn.Module):
         loss = torch.zeros((), device=pictures.device)
         for scale in self.scales:
             name = self.head_name(scale)
-            head = self.heads[name]
+            head = self.head(name)
             sharp = Resampling(size, jitter, config.max_pad)
-            keep = draws.keep(len(pictures), *target.shape[-2:], control=scale == CONTROL)
+            keep = draws.keep(
+                len(pictures), target.shape[-2], target.shape[-1], control=scale == CONTROL
+            )
             guess = shrink(head, seen[scale], sharp, keep.to(pictures.device))
             deviation = None if head.scale_net is None else head.scale_net(target)
             error = reconstruction_loss(project(guess), project(target), deviation)
@@ -356,7 +367,7 @@ class VdimModule(nn.Module):
 
     def other_terms(
         self,
-        head: nn.Module,
+        head: Head,
         guidance: torch.Tensor,
         projected: torch.Tensor | None,
         draws: Draws,
@@ -369,5 +380,6 @@ class VdimModule(nn.Module):
             points = draws.points(size, self.config.crf_points).to(guidance.device)
             terms["crf"] = crf_loss(guidance, projected, points)
         if self.config.filter_ent_weight:
+            assert isinstance(head.downsampler, SimpleDownsampler)
             terms["ent"] = entropy(head.downsampler.kernel())
         return terms

@@ -224,7 +224,8 @@ class VdimTrainer(Trainer):
                     source = self.model.features(pixels)
                     maps = self.model.upsampler.stage_maps(source, pixels)
                 for index, picture in enumerate(pixels):
-                    shown = {1: source[index], **{s: m[index] for s, m in maps.items()}}
+                    shown: dict[int | str, torch.Tensor] = {1: source[index]}
+                    shown |= {scale: each[index] for scale, each in maps.items()}
                     sheets.append(pyramid_picture(self.transform.picture(picture), shown))
         self.model.train(mode)
         target = folder / f"step-{step:06d}.png"
