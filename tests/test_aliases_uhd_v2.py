@@ -44,7 +44,8 @@ NEXT = f"""{COMMON}
     --vdim_ckpt ./pretrained_models/clip-large-vdim.ckpt --model_max_length 4096
     --image_grid_pinpoints "[(336, 672), (672, 336), (672, 672)]" --mm_spatial_pool_stride 2
     --mm_spatial_pool_mode bilinear --mm_spatial_pool_out_channels 1024
-    --mm_resampler_type null --mm_newline_position one_token --run_name v2
+    --mm_patch_merge_type spatial_unpad --mm_resampler_type null --mm_newline_position one_token
+    --run_name v2
 """
 NEXT_PRETRAIN = f"""{NEXT} --single True --mm_tunable_parts mm_mlp_adapter --sft_vdim False
     --data_path ./playground/data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json
@@ -70,6 +71,12 @@ DECLARED = """
     --frames_upbound 0 --add_time_instruction False --force_sample False --early_mix_text False
     --add_faster_video False --faster_token_stride 10 --model_class_name null
     --use_pos_skipping False --rope_scaling_factor null --verbose_logging False
+    --unfreeze_language_model False --mm_mask_drop_mode fixed --mm_mask_drop_skip_percentage 0.
+    --mm_mask_drop_ratio 0.25 --mm_mask_drop_ratio_upper null --mm_mask_drop_ratio_lower null
+    --mm_perceiver_depth 3 --mm_perceiver_latents 32 --mm_perceiver_ff_mult 4
+    --mm_perceiver_pretrained null --mm_qformer_depth 3 --mm_qformer_latents 32
+    --mm_qformer_pretrained null --rope_scaling_type null --s2 False --s2_scales 336,672,1008
+    --pos_skipping_range 4096 --group_by_varlen False --group_by_modality_length_auto False
     --fted_encoder True --bits 16 --lora_enable False
 """
 

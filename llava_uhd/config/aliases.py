@@ -78,12 +78,6 @@ only(
     "the class token is never kept; only 'patch' exists",
 )
 only(
-    "mm_patch_merge_type",
-    ("flat",),
-    "views are laid out by model.image.strategy",
-    "only 'flat' exists; the layout of views is chosen by model.image.strategy",
-)
-only(
     "mm_use_im_start_end",
     (False,),
     "no start and end tokens are added",
@@ -156,6 +150,16 @@ def _aspect_ratio(value: Any, context: Context) -> dict[str, Any] | Inert:
     if context.recipe.get("model.image.strategy", "slices") == "slices":
         return Inert("slices keep every image's own shape, as in the published LLaVA-UHD code")
     return {"model.image.strategy": value}
+
+
+@translates("mm_patch_merge_type")
+def _merge_type(value: Any, context: Context) -> dict[str, Any] | Inert:
+    if value == "flat" or context.recipe.get("model.image.strategy", "slices") == "slices":
+        return Inert("views are laid out by model.image.strategy and model.image.layout")
+    raise UserError(
+        f"--mm_patch_merge_type {value}: only 'flat' exists; the layout of views is chosen by "
+        "model.image.strategy"
+    )
 
 
 @translates("warmup_ratio")

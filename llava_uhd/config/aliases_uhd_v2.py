@@ -216,11 +216,17 @@ def _tower_rate(value: Any, context: Context) -> dict[str, Any] | Inert:
     return {"stage.learn.vision_tower": value}
 
 
-@translates("unfreeze_mm_vision_tower")
-def _unfreeze(value: Any, context: Context) -> dict[str, Any] | Inert:
-    if not true_or_false("unfreeze_mm_vision_tower", value):
-        return Inert("what learns stands in stage.learn")
-    return {"stage.learn.vision_tower": _rate("vision_tower", True, context)}
+def _unfreezes(name: str, part: str) -> None:
+    def translate(value: Any, context: Context) -> dict[str, Any] | Inert:
+        if not true_or_false(name, value):
+            return Inert("what learns stands in stage.learn")
+        return {f"stage.learn.{part}": _rate(part, True, context)}
+
+    translates(name)(translate)
+
+
+_unfreezes("unfreeze_mm_vision_tower", "vision_tower")
+_unfreezes("unfreeze_language_model", "language_model")
 
 
 takes_keys({"attn_implementation": "model.attn_implementation"})
@@ -239,6 +245,16 @@ inert(
         "mm_spatial_pool_mode": _POOLING,
         "mm_spatial_pool_out_channels": _POOLING,
         "mm_resampler_type": _RESAMPLERS,
+        **dict.fromkeys(
+            [f"mm_mask_drop_{name}" for name in ("mode", "skip_percentage", "ratio")]
+            + [f"mm_mask_drop_ratio_{name}" for name in ("upper", "lower")]
+            + [f"mm_perceiver_{name}" for name in ("depth", "latents", "ff_mult", "pretrained")]
+            + [f"mm_qformer_{name}" for name in ("depth", "latents", "pretrained")],
+            _RESAMPLERS,
+        ),
+        "pos_skipping_range": "positions are never skipped in training",
+        "s2_scales": "it only matters with --s2 True",
+        "rope_scaling_type": "it only matters with --rope_scaling_factor",
         "video_folder": _VIDEO,
         "video_fps": _VIDEO,
         "frames_upbound": _VIDEO,
@@ -266,6 +282,14 @@ only(
     "positions are those of the sequence",
     "positions are never skipped in training; leave it False",
 )
+only("s2", (False,), "views keep one resolution", "it is not available; leave it False")
+for _name in ("group_by_varlen", "group_by_modality_length_auto"):
+    only(
+        _name,
+        (False,),
+        "batches are drawn as trainer.group_by_modality_length says",
+        "use --group_by_modality_length True",
+    )
 only(
     "rope_scaling_factor",
     (None,),
