@@ -266,7 +266,7 @@ def _pooled_cells(
     Returns:
         For each scale (Q, n, bins, C + EXTRA).
     """
-    step = weights.views_at_once(features.flatten(0, 1), grid)
+    step = weights.views_at_once(features, grid)
     found: list[list[torch.Tensor]] = [[] for _ in matrices]
     views = features.split(step)
     guides = [None] * len(views) if pixel_values is None else pixel_values.split(step)
