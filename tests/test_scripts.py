@@ -96,6 +96,21 @@ def test_launchers(
         assert asked == [f"{ROOT}: -m {expected}"]
 
 
+@pytest.mark.parametrize("shell", SHELLS)
+@pytest.mark.parametrize("script", ["vdim-pretrain.sh", "scripts/vdim_pretrain.sh"])
+def test_vdim_launcher(environment: dict[str, str], shell: str, script: str) -> None:
+    module = "-m llava_uhd.train.vdim"
+    status, _, asked = call(environment, shell, script)
+    assert (status, asked) == (0, [f"{ROOT}: {module} vdim/better"])
+    _, _, asked = call(
+        environment, shell, script, "vdim/published", "--data.root", "a b", NPROC="2"
+    )
+    torchrun = f"{ROOT}: -m llava_uhd.launch --standalone --nproc_per_node 2"
+    assert asked == [f"{torchrun} {module} vdim/published --data.root a b"]
+    _, _, asked = call(environment, shell, script, "--debug")
+    assert asked == [f"{ROOT}: {module} vdim/better --debug"]
+
+
 def test_several_processes_and_machines(environment: dict[str, str]) -> None:
     torchrun = f"{ROOT}: -m llava_uhd.launch"
     rest = "-m llava_uhd.train uhd_v1/pretrain_vicuna7b"
