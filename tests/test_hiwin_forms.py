@@ -81,7 +81,7 @@ def test_forms_agree_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """One view, one window and few cells at a time give the same."""
     module, inputs = make_hiwin(scales=(1, 2)), views(MIXED)
     expected = list(both_forms(module, inputs))[1]
-    monkeypatch.setattr(hiwin_fast, "MIXED_ELEMENTS", 1)
+    monkeypatch.setattr(hiwin_fast, "CPU_MIXED", 1)
     monkeypatch.setattr(hiwin_fast, "CPU_CELLS", 5)
     monkeypatch.setattr("llava_uhd.projectors.hiwin_weights.CPU_ELEMENTS", 1)
     found = list(both_forms(module, inputs))[1]

@@ -30,8 +30,9 @@ from torch.utils.checkpoint import checkpoint
 from llava_uhd.projectors.hiwin_weights import Grid, HiwinWeights
 from llava_uhd.projectors.pooling import pool_table, pool_windows
 
-# Elements of the largest temporary of the value side (64 MiB in float32).
-MIXED_ELEMENTS = 2**24
+# Elements of the temporaries of the value side: 64 MiB in float32 on a CPU, 256 MiB in bfloat16 on
+# a GPU, which likes few large launches.
+CPU_MIXED, GPU_MIXED = 2**24, 2**27
 
 # Cells whose deviations are computed at a time on a CPU.
 CPU_CELLS = 2**12
@@ -311,7 +312,7 @@ def _attend(
     # The averages are larger than the result: some windows at a time, and where gradients are
     # needed made again instead of kept.
     each = count * query.shape[1] * query.shape[2] * wide * len(cells)
-    step = max(MIXED_ELEMENTS // each, 1)
+    step = max((CPU_MIXED if query.device.type == "cpu" else GPU_MIXED) // each, 1)
     outputs = []
     parts = zip(*(each.split(step) for each in (query, place, *cells)), strict=True)
     for query_part, place_part, *cell_parts in parts:
