@@ -186,3 +186,13 @@ def test_a_siglip_tower_brings_its_slices() -> None:
     assert given.model.image.scale_resolution == 448
     debug = load("uhd_v2/finetune_vicuna7b", f"--debug {words}")
     assert debug.model.image.scale_resolution == 64
+
+
+def test_the_layout_belongs_to_the_dialect() -> None:
+    for recipe, flag, layout in (
+        ("uhd_v2/finetune_vicuna7b", "feature_mode", "rows"),
+        ("uhd_v2/finetune_vicuna13b", "model_mode", "slices"),
+    ):
+        words = ["--mm_projector_type", "adapt_spatial_resampler_v1", f"--{flag}", "uhd_v1"]
+        model = load_recipe(recipe, words).model
+        assert (model.projector.type, model.image.layout) == ("spatial_resampler", layout)

@@ -47,9 +47,10 @@ class Mode:
     suffix: str
 
 
+# The layout belongs to the dialect that a flag is from, not to the mode.
 MODES: dict[str, dict[str, Mode]] = {
     "feature_mode": {
-        "uhd_v1": Mode(RESAMPLER, "slices", "uhd_v1"),
+        "uhd_v1": Mode(RESAMPLER, "rows", "uhd_v1"),
         "featup_muti_res": Mode(HIWIN, "rows", "uhd_v2_old"),
     },
     "model_mode": {
@@ -122,7 +123,7 @@ def _kind_of_model(value: Any, context: Context) -> dict[str, Any] | Inert:
     if mode is not None:
         keys["model.image.layout"] = mode.layout
     if kind == RESAMPLER:
-        keys |= {"model.projector.scales": [1], "model.image.layout": "slices"}
+        keys["model.projector.scales"] = [1]
         keys |= {"model.upsampler_file": None, **dict.fromkeys(UPSAMPLER_KEYS, False)}
     elif current != HIWIN:
         keys["model.projector.scales"] = DEFAULT_SCALES
