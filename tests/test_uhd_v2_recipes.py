@@ -93,6 +93,7 @@ def kind(recipe: Recipe) -> tuple[str, int, tuple[int, ...], str]:
 
 
 V1 = ("spatial_resampler", 144, (1,), "slices")
+V1_OLD = ("spatial_resampler", 144, (1,), "rows")  # the layout is the dialect's
 OLD = ("hiwin", 144, (1, 2, 4), "rows")
 NEW = ("hiwin", 144, (1, 2, 4), "slices")
 
@@ -100,10 +101,10 @@ NEW = ("hiwin", 144, (1, 2, 4), "slices")
 @pytest.mark.parametrize(
     ("recipe", "words", "expected"),
     [
-        ("uhd_v2/{}_vicuna7b", " ".join(TO_V1), V1),
-        ("uhd_v2/{}_vicuna7b", "--feature_mode uhd_v1 --mm_projector_type uhd_v1_query64", V1),
-        ("uhd_v2/{}_vicuna7b", "--feature_mode uhd_v1", V1),
-        ("uhd_v2/{}_vicuna7b", "--mm_projector_type adapt_spatial_resampler_v1", V1),
+        ("uhd_v2/{}_vicuna7b", " ".join(TO_V1), V1_OLD),
+        ("uhd_v2/{}_vicuna7b", "--feature_mode uhd_v1 --mm_projector_type uhd_v1_query64", V1_OLD),
+        ("uhd_v2/{}_vicuna7b", "--feature_mode uhd_v1", V1_OLD),
+        ("uhd_v2/{}_vicuna7b", "--mm_projector_type adapt_spatial_resampler_v1", V1_OLD),
         ("uhd_v2/{}_vicuna7b", "--mm_projector_type adapt_spatial_resampler", OLD),
         ("uhd_v2/{}_vicuna7b", "--model_mode uhd_v2", NEW),
         ("uhd_v2/{}_vicuna13b", "--model_mode uhd_v1", V1),
