@@ -165,7 +165,7 @@ def test_mistakes_in_flags(words: str, message: str) -> None:
 def test_flags_of_the_other_kind_have_no_effect(caplog: pytest.LogCaptureFixture) -> None:
     words = "--feature_scale_mask 7 --jbu_ckpt v.ckpt --sft_vdim True --sft_encoder True"
     recipe = load_recipe("uhd_v2/finetune_vicuna7b", [*words.split(), *TO_V1])
-    assert kind(recipe) == V1 and recipe.model.upsampler_file is None
+    assert kind(recipe) == V1_OLD and recipe.model.upsampler_file is None
     assert recipe.stage.learn == dict.fromkeys(("projector", "language_model", "vision_tower"))
     told = [record.message for record in caplog.records]
     assert [line.split()[0] for line in told] == [

@@ -330,3 +330,26 @@ def test_maps_made_once_give_the_gradients_of_maps_made_anew(scale: int, detach:
         assert gradient is not None and (gradient.any() or "fixup_proj." in name), name
         torch.testing.assert_close(gradient, second[name], atol=1e-5, rtol=1e-4, msg=name)
     assert ("heads.1x.downsampler.w" in first) and f"heads.{scale}x.downsampler.w" in first
+
+
+@pytest.mark.parametrize("reuse", [True, False])
+def test_bfloat16_autocast(reuse: bool) -> None:
+    """Tower and stack in half precision, heads and losses in float32."""
+    torch.manual_seed(0)
+    pictures = torch.randn(2, 3, 32, 32)
+    config = VdimConfig(reuse_maps=reuse, max_pad=3, crf_points=20, dropout=0.0)
+    module = VdimModule(Conv(6, 8), config)  # type: ignore[arg-type]
+    module.reset_weights()
+    module.eval()
+    found = []
+    for half in (False, True):
+        module.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            outputs = module(pictures, seed=1)
+        outputs["loss"].backward()
+        gradients = torch.cat([parameter.grad.flatten() for parameter in module.learning()])
+        found.append((float(outputs["loss"].detach()), gradients))
+        assert outputs["loss"].dtype == torch.float32
+    (loss, gradient), (half_loss, half_gradient) = found
+    assert half_loss == pytest.approx(loss, rel=0.02) and half_loss != loss
+    assert F.cosine_similarity(gradient, half_gradient, dim=0) > 0.99
