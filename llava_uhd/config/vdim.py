@@ -50,7 +50,8 @@ class PictureConfig:
         held_out_list: their list.
         folder: any folder of pictures instead of `root`, searched with its sub-folders.
         held_out_folder: pictures that measure a run on `folder`; None takes every 20th of `folder`.
-        embedded: name of a data set that the package draws itself, instead of both.
+        embedded: name of a data set that the package draws itself, instead of both: its tiles, and
+            as many pictures of shapes in front of each other.
         held_out: most held-out pictures that are measured.
         photographs: measure the two photographs that scikit-learn ships, too, where it is
             installed.

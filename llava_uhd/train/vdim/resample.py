@@ -7,6 +7,7 @@ would take half a gigabyte per picture.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -18,20 +19,19 @@ BLUR_TAPS = 5
 BLUR_SIGMA = 1.0
 
 
-def blur_weights(like: torch.Tensor) -> torch.Tensor:
+def blur_weights() -> list[float]:
     """Taps of the Gaussian, adding up to 1."""
-    offsets = torch.arange(BLUR_TAPS, device=like.device, dtype=like.dtype) - BLUR_TAPS // 2
-    weights = torch.exp(-(offsets**2) / (2 * BLUR_SIGMA**2))
-    return weights / weights.sum()
+    offsets = range(-(BLUR_TAPS // 2), BLUR_TAPS // 2 + 1)
+    weights = [math.exp(-(offset**2) / (2 * BLUR_SIGMA**2)) for offset in offsets]
+    return [weight / sum(weights) for weight in weights]
 
 
 def blur_rows(rows: torch.Tensor) -> torch.Tensor:
     """Gaussian along the last axis of (1, N, L), borders reflected."""
     padded = F.pad(rows, [BLUR_TAPS // 2] * 2, mode="reflect")
     length = rows.shape[-1]
-    taps = blur_weights(rows).tolist()
     total = torch.zeros_like(rows)
-    for index, weight in enumerate(taps):
+    for index, weight in enumerate(blur_weights()):
         total += weight * padded[..., index : index + length]
     return total
 
