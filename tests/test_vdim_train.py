@@ -144,7 +144,7 @@ def test_what_a_run_writes(unbroken: Path) -> None:
         assert shown.width > 4 * 200 and shown.height > 2 * 200
     rows = json.loads((unbroken / "measure.json").read_text())[-1]["rows"]
     assert [row["candidate"] for row in rows if row["group"] == "tiles"] == [
-        "learned 4x", "learned 2x", "bilinear", "bicubic", "bilinear, 4x downsampler",
+        "learned 4x", "learned 2x", "bilinear", "bicubic", "bilinear, 4x head",
     ]  # fmt: skip
     assert "| 4 tiles | learned 4x |" in (unbroken / "measure.md").read_text()
 
@@ -158,6 +158,23 @@ def test_a_finished_run_says_so(
     assert before == {path.name: path.stat().st_mtime_ns for path in unbroken.iterdir()}
     with pytest.raises(UserError, match=r"vdim\.n_jitters was 2, is 3"):
         run_here(workplace, "out/unbroken", *LONG, "--vdim.n_jitters", "3")
+
+
+def test_a_finished_run_is_measured_again(
+    workplace: Path, unbroken: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = read_manifest(unbroken)["measured"]
+    words = ["vdim", str(unbroken / "recipe.yaml"), "--measure", str(unbroken), *CALM]
+    monkeypatch.setattr(sys, "argv", words)
+    assert command.measure_finished(*arguments_of(command.parse())) == rows
+    monkeypatch.setattr(sys, "argv", [*words, "--vdim.scale", "2"])
+    with pytest.raises(UserError, match="does not hold the 2x upsampler of width 32"):
+        command.main()
+
+
+def arguments_of(parsed: Any) -> tuple[Any, Any, Path]:
+    recipe, folder = parsed
+    return recipe, command.vdim_arguments(recipe), folder
 
 
 @pytest.mark.parametrize("recipe", list_recipes("vdim/"))
@@ -352,7 +369,6 @@ def test_agreement_of_a_map_with_itself_and_with_its_mean() -> None:
 
 def test_measurements_are_repeatable_and_see_every_candidate_alike() -> None:
     recipe = load_vdim_recipe(DEBUG, ["--vdim.measure_views", "3"])
-    torch.manual_seed(0)
     module = build_module(recipe)
     transform = build_transform(recipe, module)
     groups = {"some": open_pictures(recipe.data).train[:3]}
@@ -363,7 +379,7 @@ def test_measurements_are_repeatable_and_see_every_candidate_alike() -> None:
     # A head like the learned map's gives the plain features the same loss.
     module.heads["1x"].load_state_dict(module.heads["4x"].state_dict())
     again = {row["candidate"]: row for row in measure(module, groups, transform, 2)}
-    assert again["bilinear"]["loss"] == pytest.approx(again["bilinear, 4x downsampler"]["loss"])
+    assert again["bilinear"]["loss"] == pytest.approx(again["bilinear, 4x head"]["loss"])
     assert again["learned 4x"] == by_name["learned 4x"]
     assert again["bilinear"]["shifted_error"] == by_name["bilinear"]["shifted_error"]
 

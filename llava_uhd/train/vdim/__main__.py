@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -19,8 +20,9 @@ from llava_uhd.errors import UserError, command
 from llava_uhd.train.log import JsonLog, read_log
 from llava_uhd.train.output import is_finished, last_complete_checkpoint, prepare_output
 from llava_uhd.train.setup import training_arguments, world_size
-from llava_uhd.train.vdim.build import build_module, build_transform, tower_name
+from llava_uhd.train.vdim.build import build_module, build_transform, load_result, tower_name
 from llava_uhd.train.vdim.data import Pictures, PictureSet, open_pictures, stack_pictures
+from llava_uhd.train.vdim.measure import measure
 from llava_uhd.train.vdim.module import VdimModule
 from llava_uhd.train.vdim.pictures import draw_curves
 from llava_uhd.train.vdim.report import measure_table, write_report
@@ -33,8 +35,11 @@ CURVE_FILE = "loss.png"
 
 def main() -> None:
     """Runs one pre-training from its recipe to its output folder."""
-    recipe = parse()
+    recipe, finished = parse()
     arguments = vdim_arguments(recipe)
+    if finished is not None:
+        console.print(measure_table(measure_finished(recipe, arguments, finished)))
+        return
     if is_finished(recipe):
         say(f"{recipe.output_dir} is finished: nothing to do. Remove it to train again.", arguments)
         return
@@ -53,8 +58,8 @@ def main() -> None:
     conclude(recipe, trainer, folder)
 
 
-def parse() -> VdimRecipe:
-    """Reads the command line."""
+def parse() -> tuple[VdimRecipe, Path | None]:
+    """Reads the command line: recipe, and the folder of ``--measure``."""
     parser = argparse.ArgumentParser(
         prog="python -m llava_uhd.train.vdim",
         description="Pre-train an upsampler (VDIM). Any recipe key can be overridden: "
@@ -62,10 +67,17 @@ def parse() -> VdimRecipe:
         epilog="Recipes: " + ", ".join(list_recipes(VDIM_RECIPES.prefix)),
     )
     parser.add_argument("recipe", help="name of a recipe, or a YAML file")
+    parser.add_argument(
+        "--measure",
+        metavar="FOLDER",
+        type=Path,
+        help="train nothing: measure the result of a finished run on the recipe's held-out "
+        "pictures; its recipe is FOLDER/recipe.yaml",
+    )
     known, overrides = parser.parse_known_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     library_logging.set_verbosity_error()
-    return load_vdim_recipe(known.recipe, overrides)
+    return load_vdim_recipe(known.recipe, overrides), known.measure
 
 
 def vdim_arguments(recipe: VdimRecipe) -> TrainingArguments:
@@ -81,6 +93,26 @@ def vdim_arguments(recipe: VdimRecipe) -> TrainingArguments:
     if arguments.process_index > 0:
         logging.getLogger().setLevel(logging.ERROR)
     return arguments
+
+
+def measure_finished(
+    recipe: VdimRecipe, arguments: TrainingArguments, folder: Path
+) -> list[dict[str, Any]]:
+    """Measures the upsampler and the heads of a finished run.
+
+    Raises:
+        UserError: there is no such result, or it is of another tower or recipe.
+    """
+    module = build_module(recipe)
+    load_result(module, folder)
+    groups = open_pictures(recipe.data).held_out
+    return measure(
+        module.to(arguments.device),
+        groups,
+        build_transform(recipe, module),
+        arguments.per_device_train_batch_size,
+        arguments.seed,
+    )
 
 
 def say(text: str, arguments: TrainingArguments) -> None:

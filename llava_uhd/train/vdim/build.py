@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from transformers import TrainingArguments
 
 from llava_uhd.checkpoint.parts import open_tower
+from llava_uhd.checkpoint.vdim import read_vdim
+from llava_uhd.checkpoint.weights import check_state, read_tensors
 from llava_uhd.config.model import ImageConfig, make_config
 from llava_uhd.config.vdim import IMAGENET, VdimRecipe
 from llava_uhd.errors import UserError
 from llava_uhd.train.vdim.data import Transform
 from llava_uhd.train.vdim.module import TowerFeatures, VdimModule
 from llava_uhd.vision.towers import VisionTower
+
+HEADS_FILE = "heads.safetensors"
 
 
 def tower_name(recipe: VdimRecipe) -> str:
@@ -39,13 +45,26 @@ def build_tower(recipe: VdimRecipe) -> VisionTower:
 
 
 def build_module(recipe: VdimRecipe) -> VdimModule:
-    """Tower, upsampler and heads; the learning parts have initial values.
+    """Tower, upsampler and heads; the learning parts have initial values, which follow from the
+    recipe's seed.
 
     Raises:
         UserError: a picture side that does not fit the tower, or a broken tower.
     """
-    features = TowerFeatures(build_tower(recipe))
-    res, patch = recipe.data.res, features.patch
+    seed = recipe.trainer.arguments.get("seed", TrainingArguments.seed)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        features = TowerFeatures(build_tower(recipe))
+        check_size(recipe.data.res, features.patch)
+        module = VdimModule(features, recipe.vdim)
+        # Again: with or without the control, the rest starts alike.
+        torch.manual_seed(seed)
+        module.reset_weights()
+    return module
+
+
+def check_size(res: int, patch: int) -> None:
+    """Raises UserError if pictures of a side have no whole patches, or too few."""
     if res % patch:
         raise UserError(
             f"data.res {res} is no multiple of the tower's patch of {patch} pixels: use "
@@ -53,12 +72,6 @@ def build_module(recipe: VdimRecipe) -> VdimModule:
         )
     if res // patch < 2:
         raise UserError(f"data.res {res} has too few patches of {patch} pixels: use {4 * patch}")
-    module = VdimModule(features, recipe.vdim)
-    # Not the state that building left: with or without the control, the rest starts alike.
-    with torch.random.fork_rng([]):
-        torch.manual_seed(recipe.trainer.arguments.get("seed", TrainingArguments.seed))
-        module.reset_weights()
-    return module
 
 
 def build_transform(recipe: VdimRecipe, module: VdimModule) -> Transform:
@@ -68,3 +81,39 @@ def build_transform(recipe: VdimRecipe, module: VdimModule) -> Transform:
     else:
         mean, std = ImageConfig().filled(module.features.tower.config).normalisation
     return Transform(recipe.data, tuple(mean), tuple(std))
+
+
+def published_heads(module: VdimModule) -> dict[str, torch.Tensor]:
+    """Downsamplers and uncertainty nets under their published names, on the CPU.
+
+    The largest scale has none in its name (``downsampler.w``), others do (``downsampler_2x.w``).
+    """
+    return {
+        _published_name(name, module): tensor.detach().cpu().contiguous()
+        for name, tensor in module.heads.state_dict().items()
+    }
+
+
+def _published_name(name: str, module: VdimModule) -> str:
+    """Example: ``2x.scale_net.net.bias`` is ``scale_net_2x.net.bias``."""
+    scale, kind, rest = name.split(".", 2)
+    suffix = "" if scale == module.head_name(module.config.scale) else f"_{scale}"
+    return f"{kind}{suffix}.{rest}"
+
+
+def load_result(module: VdimModule, folder: Path) -> None:
+    """Fills the upsampler and the heads from the folder of a finished run.
+
+    Raises:
+        UserError: there is no such result, or it is of another tower or recipe.
+    """
+    stack = read_vdim(folder, module.features.width, module.config.scale)
+    module.upsampler.load_state_dict(stack)
+    path = folder / HEADS_FILE
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: name the output folder of a finished run")
+    found = dict(read_tensors(path))
+    state = {name: found.get(_published_name(name, module)) for name in module.heads.state_dict()}
+    own = {name: tensor for name, tensor in state.items() if tensor is not None}
+    check_state(module.heads, own, str(path))
+    module.heads.load_state_dict(own)

@@ -99,7 +99,7 @@ def candidates(module: VdimModule) -> list[Candidate]:
     ]
     if module.config.control:
         same = name(module.config.scale)
-        plain.append(Candidate(f"bilinear, {same} downsampler", CONTROL, same, "bilinear"))
+        plain.append(Candidate(f"bilinear, {same} head", CONTROL, same, "bilinear"))
     return [*learned, *plain]
 
 

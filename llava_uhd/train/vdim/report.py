@@ -51,7 +51,7 @@ def measure_table(rows: Sequence[dict[str, Any]]) -> Table:
     last = None
     for row in rows:
         group = f"{row['pictures']} {row['group']}"
-        cells = [f"{row[name]:.4f}" for name in SHORT]
+        cells = [f"{row[name]:.3f}" for name in SHORT]
         table.add_row("" if group == last else group, row["candidate"], *cells)
         last = group
     return table

@@ -25,6 +25,7 @@ from llava_uhd.data.sampler import SeededSampler
 from llava_uhd.errors import UserError
 from llava_uhd.images.feature_pictures import pyramid_picture, stack_sheets
 from llava_uhd.train.trainer import TRAINABLE_FILE
+from llava_uhd.train.vdim.build import HEADS_FILE, published_heads
 from llava_uhd.train.vdim.data import Pictures, PictureSet, Transform, batches
 from llava_uhd.train.vdim.draws import seed_of
 from llava_uhd.train.vdim.measure import measure
@@ -32,7 +33,6 @@ from llava_uhd.train.vdim.module import VdimModule
 
 logger = logging.getLogger(__name__)
 
-HEADS_FILE = "heads.safetensors"
 PUBLISHED_FILE = "vdim.ckpt"
 PICTURES_FOLDER = "pictures"
 MEASURE_FILE = "measure.json"
@@ -218,7 +218,8 @@ class VdimTrainer(Trainer):
         self.model.eval()
         sheets = []
         for sources in self.pictures.held_out.values():
-            for batch in batches(sources[:SHOWN], self.transform, SHOWN):
+            spread = sources[:: max(len(sources) // SHOWN, 1)][:SHOWN]
+            for batch in batches(spread, self.transform, SHOWN):
                 pixels = batch.to(self.args.device)
                 with torch.no_grad():
                     source = self.model.features(pixels)
@@ -265,7 +266,7 @@ class VdimTrainer(Trainer):
             "std": json.dumps(list(self.transform.std)),
         }
         write_vdim(folder / VDIM_FILE, stack, facts)
-        heads = {name: t.detach().cpu().contiguous() for name, t in self.heads_state().items()}
+        heads = published_heads(self.model)
         save_file(heads, folder / HEADS_FILE, metadata={"format": "pt"})
         write_published_vdim(
             folder / PUBLISHED_FILE,
@@ -275,17 +276,3 @@ class VdimTrainer(Trainer):
             epoch=int(self.state.epoch or 0),
             global_step=self.state.global_step,
         )
-
-    def heads_state(self) -> dict[str, torch.Tensor]:
-        """Downsamplers and uncertainty nets under their published names.
-
-        The largest scale has none in its name (``downsampler.w``), others do
-        (``downsampler_2x.w``).
-        """
-        largest = self.model.head_name(self.recipe.vdim.scale)
-        found = {}
-        for name, tensor in self.model.heads.state_dict().items():
-            scale, kind, rest = name.split(".", 2)
-            suffix = "" if scale == largest else f"_{scale}"
-            found[f"{kind}{suffix}.{rest}"] = tensor
-        return found
