@@ -109,6 +109,23 @@ def test_checkpoints_without_a_pyramid(tiny_checkpoint: Path, tmp_path: Path) ->
         open_pyramid(tmp_path)
 
 
+def test_files_that_cannot_be_drawn(tmp_path: Path) -> None:
+    facts = {"width": "8", "scale": "2", "mean": "[0, 0, 0]", "std": "[1, 1, 1]"}
+    file = tmp_path / "vdim.safetensors"
+    write_vdim(file, _zeros(), {**facts, "tower": "new clip_vision_model"})
+    with pytest.raises(UserError, match="belongs to a new clip_vision_model.* not kept"):
+        open_pyramid(tmp_path)
+    for broken in ({"mean": "grey"}, {"std": "1"}, {"select_layer": "last"}):
+        write_vdim(file, _zeros(), {**facts, **broken, "tower": "tower"})
+        with pytest.raises(UserError, match="its metadata .* are incomplete or broken"):
+            open_pyramid(file)
+    whole = file.read_bytes()
+    for length in (3, 2000, len(whole) - 4):
+        file.write_bytes(whole[:length])
+        with pytest.raises(UserError, match="cannot be read as weights"):
+            open_pyramid(file)
+
+
 def _zeros() -> dict[str, torch.Tensor]:
     with torch.device("meta"):
         shapes = UpsamplerStack(8, 2).state_dict()

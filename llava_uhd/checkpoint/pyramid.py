@@ -12,6 +12,7 @@ from PIL import Image
 from llava_uhd.checkpoint.load import load_pretrained
 from llava_uhd.checkpoint.parts import open_tower
 from llava_uhd.checkpoint.vdim import find_vdim, read_vdim, vdim_facts
+from llava_uhd.checkpoint.weights import first_line
 from llava_uhd.config.model import ImageConfig
 from llava_uhd.errors import UserError
 from llava_uhd.images.feature_pictures import pyramid_picture, stack_sheets
@@ -24,6 +25,9 @@ from llava_uhd.vision.towers import VisionTower
 from llava_uhd.vision.upsampler import UpsamplerStack
 
 Maps = dict[int | str, torch.Tensor]
+
+# How a pre-training names a tower that it started from nothing.
+NEW_TOWER = "new "
 
 
 @dataclass(frozen=True)
@@ -120,13 +124,28 @@ def open_pyramid(path: str | Path) -> Pyramid:
             f"{find_vdim(folder)} does not say which tower it belongs to: name the model that "
             "uses it, or a folder that scripts/vdim_pretrain.sh wrote"
         )
-    tower = open_tower(facts["tower"], int(facts.get("select_layer", "-2")))
-    stack = UpsamplerStack(int(facts["width"]), int(facts["scale"]))
-    stack.load_state_dict(read_vdim(folder, int(facts["width"]), int(facts["scale"])))
+    if facts["tower"].startswith(NEW_TOWER):
+        raise UserError(
+            f"{find_vdim(folder)} belongs to a {facts['tower']}, which was made for a test and is "
+            "not kept: name an upsampler for a tower with a folder of its own"
+        )
+    try:
+        width, scale = int(facts["width"]), int(facts["scale"])
+        layer = int(facts.get("select_layer", "-2"))
+        mean, std = (tuple(map(float, json.loads(facts[name]))) for name in ("mean", "std"))
+    except (KeyError, ValueError, TypeError) as error:
+        raise UserError(
+            f"{find_vdim(folder)}: its metadata (width, scale, mean, std) are incomplete or broken "
+            f"({first_line(error)}): write it again with scripts/vdim_pretrain.sh"
+        ) from error
+    stack_state = read_vdim(folder, width, scale)
+    tower = open_tower(facts["tower"], layer)
+    stack = UpsamplerStack(width, scale)
+    stack.load_state_dict(stack_state)
     image = ImageConfig(
         scale_resolution=tower.config.image_size,
         patch_size=tower.config.patch_size,
-        mean=tuple(json.loads(facts["mean"])),
-        std=tuple(json.loads(facts["std"])),
+        mean=mean,
+        std=std,
     )
     return Pyramid(tower, stack.eval(), image)

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from llava_uhd.checkpoint.weights import (
     Tensors,
+    first_line,
     listing,
     load_restricted,
     read_folder,
@@ -101,12 +102,19 @@ def find_vdim(path: Path) -> Path:
 
 
 def vdim_facts(path: Path) -> dict[str, str]:
-    """What a file of ours says about itself: width, scale, tower, mean, std; else empty."""
+    """What a file of ours says about itself: width, scale, tower, mean, std; else empty.
+
+    Raises:
+        UserError: there is no upsampler, or its file is damaged.
+    """
     file = find_vdim(path)
     if file.is_dir() or file.suffix != ".safetensors":
         return {}
-    with safe_open(file, framework="pt") as opened:
-        facts = dict(opened.metadata() or {})
+    try:
+        with safe_open(file, framework="pt") as opened:
+            facts = dict(opened.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} cannot be read as weights ({first_line(error)})") from error
     facts.pop("format", None)
     return facts
 

@@ -140,7 +140,7 @@ def _freeze_language_model(value: Any, context: Context) -> dict[str, Any] | Ine
 def _projector_rate(value: Any, context: Context) -> dict[str, Any] | Inert:
     if value is None:
         return Inert("the projector takes trainer.learning_rate")
-    if "mm_mlp_adapter" not in context.flags.get("mm_tunable_parts", "mm_mlp_adapter"):
+    if "mm_mlp_adapter" not in str(context.flags.get("mm_tunable_parts", "mm_mlp_adapter")):
         return Inert("--mm_tunable_parts leaves the projector out")
     return {"stage.learn.projector": value}
 

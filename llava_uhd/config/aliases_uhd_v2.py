@@ -91,7 +91,7 @@ def chosen_mode(flags: Mapping[str, Any]) -> Mode | None:
     found: dict[str, Mode] = {}
     for flag, modes in MODES.items():
         if flag in flags:
-            value = flags[flag]
+            value = str(flags[flag])  # a word may read as anything, a list included
             if value not in modes:
                 raise UserError(f"--{flag} {value}: only {', '.join(modes)} exist here")
             found[f"--{flag} {value}"] = modes[value]
@@ -106,6 +106,8 @@ def _kind_of_model(value: Any, context: Context) -> dict[str, Any] | Inert:
     mode = chosen_mode(context.flags)
     name = context.flags.get("mm_projector_type")
     current = context.recipe.get("model.projector.type", RESAMPLER)
+    if name is not None and not isinstance(name, str):
+        raise UserError(f"--mm_projector_type must be the name of a projector, got {name!r}")
     if name is not None and name not in PROJECTOR_NAMES:
         if mode is not None:
             raise UserError(f"--mm_projector_type {name} does not belong to a LLaVA-UHD mode")
@@ -212,7 +214,7 @@ def _tunable_parts(value: Any, context: Context) -> dict[str, Any] | Inert:
 def _tower_rate(value: Any, context: Context) -> dict[str, Any] | Inert:
     if value is None:
         return Inert("the vision tower takes trainer.learning_rate")
-    if "mm_vision_tower" not in context.flags.get("mm_tunable_parts", "mm_vision_tower"):
+    if "mm_vision_tower" not in str(context.flags.get("mm_tunable_parts", "mm_vision_tower")):
         return Inert("--mm_tunable_parts leaves the vision tower out")
     return {"stage.learn.vision_tower": value}
 
