@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from llava_uhd.checkpoint.load import load_pretrained
 from llava_uhd.checkpoint.parts import (
     read_projector,
+    read_tower_config,
 )
 from llava_uhd.checkpoint.shapes import describe_checkpoint
 from llava_uhd.checkpoint.weights import read_folder, read_tensors, weight_files
@@ -282,8 +283,10 @@ def test_models_that_are_not_ours(ours: Path, tmp_path: Path) -> None:
     (ours / "config.json").write_text(json.dumps({"model_type": "bert"}))
     with pytest.raises(UserError, match="'bert'.*not a LLaVA-UHD model"):
         load_pretrained(ours)
-    with pytest.raises(UserError, match=r"config\.json does not exist"):
+    with pytest.raises(UserError, match=r"config\.json does not exist: name the folder of a whole"):
         load_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"vision tower .* has no config\.json: name a folder"):
+        read_tower_config(tmp_path)
     with pytest.raises(UserError, match="is a file, expected a folder"):
         load_pretrained(ours / "config.json")
 

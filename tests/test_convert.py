@@ -296,6 +296,7 @@ def test_mistakes(changes: dict[str, str], message: str, tmp_path: Path) -> None
             tmp_path / "ours", changes.get("target", "uhd_v2"), out, ExportOptions(**places)
         )
     assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists(), "the same command, mended, must find no remains"
 
 
 def test_every_layout_can_be_written() -> None:

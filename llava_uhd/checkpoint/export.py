@@ -31,7 +31,11 @@ from llava_uhd.checkpoint.parts import (
 from llava_uhd.checkpoint.published import LAYOUTS, Layout, key_map, published_key
 from llava_uhd.checkpoint.published.towers import hub_name, tower_habits
 from llava_uhd.checkpoint.published.values import common_values, text_values
-from llava_uhd.checkpoint.tokenizer_files import holds_tokenizer, write_tokenizer
+from llava_uhd.checkpoint.tokenizer_files import (
+    check_tokenizer,
+    holds_tokenizer,
+    write_tokenizer,
+)
 from llava_uhd.checkpoint.weights import (
     Tensors,
     read_folder,
@@ -109,6 +113,8 @@ def export_checkpoint(
         _write_ours(source, out, config, state, processor)
         return []
     layout = next(each for each in LAYOUTS if each.slug == target)
+    if options.tokenizer is not None:  # before the large files are written
+        check_tokenizer(options.tokenizer, tokenizer)
     weights = {published_key(key, config): tensor for key, tensor in state.items()}
     tower = options.vision_tower or _known_tower(config)
     values = _published_values(layout, config, tower or tower_folder(config), weights)

@@ -113,6 +113,11 @@ def open_checkpoint(
     Raises:
         UserError: see `load_pretrained`.
     """
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"{folder}/config.json does not exist: name the folder of a whole model, ours or a "
+            "published one"
+        )
     values = read_json(folder / "config.json")
     if values.get("model_type") == "llava_uhd":
         return _open_ours(folder, base, vision_tower)

@@ -72,6 +72,11 @@ def read_tower_config(folder: Path) -> PreTrainedConfig:
     Raises:
         UserError: not a folder of a known tower.
     """
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"vision tower {folder} has no config.json: name a folder as transformers writes it "
+            "(see pretrained_models/README.md)"
+        )
     values = read_json(folder / "config.json")
     if isinstance(values.get("vision_config"), dict):
         values = dict(

@@ -31,21 +31,13 @@ def write_tokenizer(
     Args:
         out: existing folder.
         tokenizer: of the model.
-        source: folder whose tokenizer files are copied as they are, or None.
+        source: folder whose tokenizer files are copied as they are (`check_tokenizer`), or None.
         model_type: of the language model.
 
     Returns:
         A note where the published code lacks a file.
-
-    Raises:
-        UserError: ``source`` has no tokenizer, or another one.
     """
     if source is not None:
-        if not holds_tokenizer(source, tokenizer):
-            raise UserError(
-                f"{source} has no tokenizer files ({', '.join(TOKENIZER_FILES[:3])}), or those of "
-                "another vocabulary: name the folder of the model's own language model"
-            )
         for file in _files(source):
             shutil.copyfile(file, out / file.name)
     else:
@@ -56,6 +48,15 @@ def write_tokenizer(
             "copy the language model's there, or pass its folder with --tokenizer"
         ]
     return []
+
+
+def check_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises UserError for a folder without a tokenizer, or with another one."""
+    if not holds_tokenizer(folder, tokenizer):
+        raise UserError(
+            f"{folder} has no tokenizer files ({', '.join(TOKENIZER_FILES[:3])}), or those of "
+            "another vocabulary: name the folder of the model's own language model"
+        )
 
 
 def holds_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> bool:
