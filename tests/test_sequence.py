@@ -76,6 +76,8 @@ def test_the_evaluation() -> None:
     assert again.evaluate == ["--tasks", "a"], "as model-train.sh adds it"
     embedded = plan_of("uhd_v2/vicuna7b --debug --evaluate")
     assert embedded.evaluate == ["--tasks", "synthetic", "--data-root", "playground/data/debug"]
+    named = plan_of("uhd_v2/vicuna7b --debug --evaluate synthetic").evaluate
+    assert named == embedded.evaluate
     other = plan_of("debug --evaluate --evaluate.data-root here").evaluate
     assert other == ["--tasks", "synthetic", "--data-root", "here"]
 

@@ -23,7 +23,7 @@ from llava_uhd.checkpoint.parts import (
     read_tower_config,
 )
 from llava_uhd.checkpoint.sources import resolve_folder
-from llava_uhd.checkpoint.vdim import find_vdim, read_vdim
+from llava_uhd.checkpoint.vdim import UPSAMPLER_PREFIX, find_vdim, read_vdim
 from llava_uhd.checkpoint.weights import Tensors
 from llava_uhd.config.model import CompressionConfig, ImageConfig, LlavaUHDConfig, make_config
 from llava_uhd.config.training import ModelSection
@@ -35,7 +35,6 @@ from llava_uhd.text.templates import TEMPLATES
 
 logger = logging.getLogger(__name__)
 
-UPSAMPLER_PREFIX = "projector.upsampler."
 
 Options = TypeVar("Options")
 TokenizerMaker = Callable[[], PreTrainedTokenizerBase]

@@ -160,10 +160,13 @@ def link(plan: Plan) -> None:
 def evaluation(plan: Plan, words: list[str]) -> list[str]:
     """Words for the evaluation: a model of embedded data gets the questions drawn with them."""
     embedded = plan.steps[-1].recipe.data.embedded
-    if embedded is not None and "--tasks" not in words:
+    if embedded is None:
+        return words
+    if "--tasks" not in words:
         words = ["--tasks", "synthetic", *words]
-        if "--data-root" not in words:
-            words += ["--data-root", f"playground/data/{embedded}"]
+    alone = words[words.index("--tasks") + 1 :][:1] == ["synthetic"]
+    if alone and "--data-root" not in words:
+        words = [*words, "--data-root", f"playground/data/{embedded}"]
     return words
 
 

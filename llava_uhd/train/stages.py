@@ -7,11 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from llava_uhd.checkpoint.vdim import UPSAMPLER_PREFIX
 from llava_uhd.config.training import PARTS, UPSAMPLER_PARTS, StageConfig
 from llava_uhd.errors import UserError
 from llava_uhd.model.modeling import LlavaUHDForConditionalGeneration
-
-UPSAMPLER_PREFIX = "projector.upsampler."
 
 
 @dataclass(frozen=True)
