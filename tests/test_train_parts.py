@@ -101,5 +101,5 @@ def test_checkpoint_with_another_projector(train: Train, folders: Path) -> None:
 def test_a_projector_for_another_model_is_refused(train: Train, folders: Path) -> None:
     words = ("--trainer.max_steps", "1")
     train("debug/pretrain", "out/narrow", *LAB, *words, "--model.projector.num_queries", "9")
-    with pytest.raises(UserError, match=r"num_queries 9 \(the model has 16\)"):
+    with pytest.raises(UserError, match=r"num_queries 9 \(the model has 16\): set the model to"):
         train("debug/finetune", "out/wide", *LAB, *words, "--model.projector_file", "out/narrow")

@@ -143,8 +143,11 @@ def test_every_weight_must_fit(change: Any, message: str, tmp_path: Path) -> Non
 
 def test_another_stack_is_named(tmp_path: Path) -> None:
     write_published_vdim(tmp_path / "x.ckpt", make_stack(2, width=3))
-    with pytest.raises(UserError, match=r"the 4x upsampler of width 6.*\(found a 2x .* width 3\)"):
+    with pytest.raises(
+        UserError, match=r"the 4x upsampler of width 6.*\(found a 2x .* width 3\)"
+    ) as e:
         read_vdim(tmp_path / "x.ckpt", WIDTH, 4)
+    assert str(e.value).endswith("Name a file that was made for this tower and these scales")
     torch.save({"state_dict": {"model.0.weight": torch.ones(1)}}, tmp_path / "x.ckpt")
     with pytest.raises(UserError, match="found no upsampler in it"):
         read_vdim(tmp_path / "x.ckpt", WIDTH, 4)

@@ -294,4 +294,7 @@ def _check_facts(file: Path, facts: dict[str, Any], config: LlavaUHDConfig) -> N
         if key in expected and expected[key] != value
     ]
     if wrong:
-        raise UserError(f"projector {file} was trained for {', '.join(wrong)}")
+        raise UserError(
+            f"projector {file} was trained for {', '.join(wrong)}: set the model to the same, or "
+            "name another projector"
+        )

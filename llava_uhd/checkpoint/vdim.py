@@ -70,7 +70,8 @@ def read_vdim(path: Path, width: int, scale: int) -> Tensors:
     if any(problems):
         raise UserError(
             f"{file} does not hold the {scale}x upsampler of width {width} that the model has "
-            f"({_describe(found)}): {'; '.join(filter(None, problems))}"
+            f"({_describe(found)}): {'; '.join(filter(None, problems))}. Name a file that was made "
+            "for this tower and these scales"
         )
     return found
 
