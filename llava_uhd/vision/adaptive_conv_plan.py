@@ -22,6 +22,9 @@ REACH = TAPS // 2
 # ones multiply by many zeros: these are about the fastest for maps of 1024 channels.
 TILE_CELLS = 6
 
+# Elements of the largest temporary when several small maps go through one product (4 MiB).
+PIECE_ELEMENTS = 2**20
+
 # The cubic of the framework's bicubic resampling.
 CUBIC_A = -0.75
 
@@ -176,47 +179,60 @@ class Strip:
     down: torch.Tensor
     across: torch.Tensor
 
+    def maps_at_once(self, channels: int) -> int:
+        """Maps of this many channels that one product takes: many small ones, single large ones."""
+        weights = self.across.shape[0] * self.down.shape[0] * self.down.shape[2]
+        weights *= self.across.shape[2]
+        return max(PIECE_ELEMENTS // max(weights, self.index.shape[0] * channels), 1)
+
     def spread(self, kernel: torch.Tensor) -> torch.Tensor:
         """Weights of window cells from weights of taps.
 
         Args:
-            kernel: (Y, W, 7, 7) of the strip.
+            kernel: (n, Y, W, 7, 7) of the strip in n maps.
 
         Returns:
-            (tiles, X / tiles * Y, S * T): for each pixel (column by column), its window.
+            (n * tiles, X / tiles * Y, S * T): for each pixel (column by column), its window.
         """
         height, taps, window = self.down.shape
-        columns = self.across.shape[0]
+        columns, count = self.across.shape[0], kernel.shape[0]
         if columns > self.width:
             kernel = torch.nn.functional.pad(kernel, (0, 0, 0, 0, 0, columns - self.width))
-        taps_first = kernel.transpose(1, 2).reshape(height, taps, columns * taps)
-        down = torch.bmm(self.down.transpose(1, 2), taps_first)  # (Y, S, X * 7)
-        down = down.view(height, window, columns, taps).permute(2, 0, 1, 3)
-        spread = torch.bmm(down.reshape(columns, height * window, taps), self.across)
-        return spread.view(self.tiles, columns // self.tiles * height, -1)
+        taps_first = kernel.permute(1, 3, 0, 2, 4).reshape(height, taps, -1)
+        down = torch.bmm(self.down.transpose(1, 2), taps_first)  # (Y, S, n * X * 7)
+        down = down.view(height, window, count * columns, taps).permute(2, 0, 1, 3)
+        down = down.reshape(count * columns, height * window, taps)
+        spread = torch.bmm(down, self._across(count))
+        return spread.view(count * self.tiles, columns // self.tiles * height, -1)
 
     def gather(self, spread: torch.Tensor) -> torch.Tensor:
-        """Transpose of `spread`: (tiles, X / tiles * Y, S * T) to (Y, W, 7, 7)."""
+        """Transpose of `spread`: (n * tiles, X / tiles * Y, S * T) to (n, Y, W, 7, 7)."""
         height, taps, window = self.down.shape
-        columns = self.across.shape[0]
-        spread = spread.view(columns, height * window, -1)
-        down = torch.bmm(spread, self.across.transpose(1, 2)).view(columns, height, window, taps)
-        down = down.permute(1, 2, 0, 3).reshape(height, window, columns * taps)
-        kernel = torch.bmm(self.down, down).view(height, taps, columns, taps)
-        return kernel.transpose(1, 2)[:, : self.width]
+        columns, count = self.across.shape[0], spread.shape[0] // self.tiles
+        spread = spread.view(count * columns, height * window, -1)
+        down = torch.bmm(spread, self._across(count).transpose(1, 2))
+        down = down.view(count * columns, height, window, taps).permute(1, 2, 0, 3)
+        down = down.reshape(height, window, count * columns * taps)
+        kernel = torch.bmm(self.down, down).view(height, taps, count, columns, taps)
+        return kernel.permute(2, 0, 3, 1, 4)[:, :, : self.width]
 
     def cut(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Output pixels (Y, W, C) in the order of the tiles: (tiles, X / tiles * Y, C)."""
+        """Output pixels (n, Y, W, C) in the order of the tiles: (n * tiles, X / tiles * Y, C)."""
         height, columns = self.down.shape[0], self.across.shape[0]
-        pixels = pixels.transpose(0, 1)
+        pixels = pixels.transpose(1, 2)
         if columns > self.width:
             pixels = torch.nn.functional.pad(pixels, (0, 0, 0, 0, 0, columns - self.width))
-        return pixels.reshape(self.tiles, columns // self.tiles * height, -1)
+        return pixels.reshape(len(pixels) * self.tiles, columns // self.tiles * height, -1)
 
     def join(self, tiles: torch.Tensor) -> torch.Tensor:
-        """Transpose of `cut`: (tiles, X / tiles * Y, C) to (Y, W, C), a view."""
-        pixels = tiles.view(self.across.shape[0], self.down.shape[0], -1)
-        return pixels[: self.width].transpose(0, 1)
+        """Transpose of `cut`: (n * tiles, X / tiles * Y, C) to (n, Y, W, C), a view."""
+        count = tiles.shape[0] // self.tiles
+        pixels = tiles.view(count, self.across.shape[0], self.down.shape[0], -1)
+        return pixels[:, : self.width].transpose(1, 2)
+
+    def _across(self, count: int) -> torch.Tensor:
+        """(n * X, 7, T): the matrices of all columns of n maps."""
+        return self.across if count == 1 else self.across.repeat(count, 1, 1)
 
 
 @lru_cache(maxsize=256)

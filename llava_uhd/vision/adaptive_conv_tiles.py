@@ -8,6 +8,8 @@ device and in any dtype; on a CPU it is several times faster than adding up 49 s
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from llava_uhd.vision.adaptive_conv_plan import TAPS, Rule, Strip, make_strips, precise
@@ -17,10 +19,10 @@ def convolve(source: torch.Tensor, kernel: torch.Tensor, rule: Rule) -> torch.Te
     """(B, h, w, C) and (B, H, W, 7, 7) to (B, H, W, C)."""
     dtype, source = precise(source, kernel), source.contiguous()
     output = source.new_empty(*kernel.shape[:3], source.shape[3])
-    for item, strip in _parts(source, rule, dtype):
-        weights = strip.spread(kernel[item, strip.rows].to(dtype))
-        tiles = torch.bmm(weights, _windows(source[item], strip, dtype))
-        output[item, strip.rows] = strip.join(tiles)
+    for maps, strip in _parts(source, rule, dtype):
+        weights = strip.spread(kernel[maps, strip.rows].to(dtype))
+        tiles = torch.bmm(weights, _windows(source[maps], strip, dtype))
+        output[maps, strip.rows] = strip.join(tiles)
     return output
 
 
@@ -33,11 +35,12 @@ def convolve_transposed(
     """
     dtype = precise(grad, kernel)
     result = grad.new_zeros(grad.shape[0], *size, grad.shape[3], dtype=dtype)
-    for item, strip in _parts(result, rule, dtype):
-        weights = strip.spread(kernel[item, strip.rows].to(dtype))
-        tiles = strip.cut(grad[item, strip.rows].to(dtype))
-        windows = torch.bmm(weights.transpose(1, 2), tiles)  # (tiles, S * T, C)
-        result[item].flatten(0, 1).index_add_(0, strip.index, windows.flatten(0, 1))
+    for maps, strip in _parts(result, rule, dtype):
+        weights = strip.spread(kernel[maps, strip.rows].to(dtype))
+        tiles = strip.cut(grad[maps, strip.rows].to(dtype))
+        windows = torch.bmm(weights.transpose(1, 2), tiles)  # (n * tiles, S * T, C)
+        cells = result[maps].flatten(1, 2)
+        cells.index_add_(1, strip.index, windows.view(len(cells), -1, grad.shape[3]))
     return result
 
 
@@ -45,21 +48,23 @@ def correlate(left: torch.Tensor, source: torch.Tensor, rule: Rule) -> torch.Ten
     """(B, H, W, C) with windows of (B, h, w, C) to (B, H, W, 7, 7)."""
     dtype, source = precise(left, source), source.contiguous()
     result = left.new_empty(*left.shape[:3], TAPS, TAPS, dtype=dtype)
-    for item, strip in _parts(source, rule, dtype):
-        tiles = strip.cut(left[item, strip.rows].to(dtype))
-        products = torch.bmm(tiles, _windows(source[item], strip, dtype).transpose(1, 2))
-        result[item, strip.rows] = strip.gather(products)
+    for maps, strip in _parts(source, rule, dtype):
+        tiles = strip.cut(left[maps, strip.rows].to(dtype))
+        products = torch.bmm(tiles, _windows(source[maps], strip, dtype).transpose(1, 2))
+        result[maps, strip.rows] = strip.gather(products)
     return result
 
 
-def _parts(source: torch.Tensor, rule: Rule, dtype: torch.dtype) -> list[tuple[int, Strip]]:
-    """All strips of all maps."""
+def _parts(source: torch.Tensor, rule: Rule, dtype: torch.dtype) -> Iterator[tuple[slice, Strip]]:
+    """Some maps and one of their strips, until all are done."""
     size = (source.shape[1], source.shape[2])
-    strips = make_strips(rule, size, dtype, source.device)
-    return [(item, strip) for item in range(len(source)) for strip in strips]
+    for strip in make_strips(rule, size, dtype, source.device):
+        step = strip.maps_at_once(source.shape[3])
+        for start in range(0, len(source), step):
+            yield slice(start, start + step), strip
 
 
 def _windows(source: torch.Tensor, strip: Strip, dtype: torch.dtype) -> torch.Tensor:
-    """The cells (tiles, S * T, C) that the tiles of a strip read from (h, w, C)."""
-    cells = source.flatten(0, 1).index_select(0, strip.index)
-    return cells.to(dtype).view(strip.tiles, -1, source.shape[-1])
+    """The cells (n * tiles, S * T, C) that the tiles of a strip read from (n, h, w, C)."""
+    cells = source.flatten(1, 2).index_select(1, strip.index)
+    return cells.to(dtype).view(len(source) * strip.tiles, -1, source.shape[-1])
