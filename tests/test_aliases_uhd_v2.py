@@ -8,7 +8,6 @@ import pytest
 
 from llava_uhd.config.recipe import load_recipe
 from llava_uhd.config.training import Recipe
-from llava_uhd.errors import UserError
 
 COMMON = """
     --bf16 True --num_train_epochs 1 --per_device_eval_batch_size 4 --evaluation_strategy "no"
@@ -197,22 +196,3 @@ def test_the_layout_belongs_to_the_dialect() -> None:
         words = ["--mm_projector_type", "adapt_spatial_resampler_v1", f"--{flag}", "uhd_v1"]
         model = load_recipe(recipe, words).model
         assert (model.projector.type, model.image.layout) == ("spatial_resampler", layout)
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ("--feature_mode uhd_v9", "--feature_mode uhd_v9: only uhd_v1, featup_muti_res exist"),
-        ("--model_mode '[uhd_v1]'", "--model_mode .* only uhd_v1, uhd_v2 exist"),
-        ("--mm_projector_type '[resampler]'", "--mm_projector_type must be the name"),
-        ("--mm_projector_lr 1e-5 --mm_tunable_parts 3", "--mm_tunable_parts 3: a comma-separated"),
-        ("--mm_vision_tower_lr 1e-5 --mm_tunable_parts 3", "--mm_tunable_parts 3: a comma-sep"),
-        ("--feature_scale_mask 0", "--feature_scale_mask 0: a sum of 1, 2, 4 and 8"),
-        ("--feature_scale_mask 16", "--feature_scale_mask 16: a sum of 1, 2, 4 and 8"),
-        ("--feature_scale_mask abc", "--feature_scale_mask abc: a sum of 1, 2, 4 and 8"),
-    ],
-)
-def test_mistakes_in_flags_are_one_line(words: str, message: str) -> None:
-    with pytest.raises(UserError, match=message) as caught:
-        load("uhd_v2/finetune_vicuna13b", words)
-    assert "\n" not in str(caught.value)

@@ -146,20 +146,28 @@ def test_modes(recipe: str, words: str, expected: tuple[str, int, tuple[int, ...
     [
         ("--feature_mode uhd_v3", "only uhd_v1, featup_muti_res exist here"),
         ("--model_mode llava", "only uhd_v1, uhd_v2 exist here"),
+        ("--model_mode [uhd_v1]", "only uhd_v1, uhd_v2 exist here"),
+        ("--mm_projector_type [resampler]", "--mm_projector_type must be the name"),
         ("--feature_mode uhd_v1 --model_mode uhd_v2", "contradict each other"),
+        ("--feature_mode uhd_v1 --model_mode uhd_v1", "contradict each other"),
+        ("--feature_mode featup_muti_res --model_mode uhd_v2", "contradict each other"),
         ("--feature_mode uhd_v1 --mm_projector_type adapt_spatial_resampler_v2", "is no projector"),
         ("--model_mode uhd_v2 --mm_projector_type uhd_v1_query64", "is no projector of the chosen"),
         ("--model_mode uhd_v2 --mm_projector_type linear", "does not belong to a LLaVA-UHD mode"),
         ("--feature_scale_mask 0", "a sum of 1, 2, 4 and 8"),
         ("--feature_scale_mask 16", "for instance 5 for 1x and 4x"),
+        ("--feature_scale_mask abc", "for instance 5 for 1x and 4x"),
         ("--sft_vdim maybe", "--sft_vdim must be True or False"),
         ("--mm_tunable_parts mm_mlp", "a comma-separated list of mm_mlp_adapter"),
+        ("--mm_projector_lr 1e-5 --mm_tunable_parts 3", "--mm_tunable_parts 3: a comma-separated"),
+        ("--mm_vision_tower_lr 1e-5 --mm_tunable_parts 3", "--mm_tunable_parts 3: a comma-sep"),
         ("--use_pos_skipping True", "leave it False"),
     ],
 )
 def test_mistakes_in_flags(words: str, message: str) -> None:
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as caught:
         load_recipe("uhd_v2/finetune_vicuna13b", words.split())
+    assert "\n" not in str(caught.value)
 
 
 def test_flags_of_the_other_kind_have_no_effect(caplog: pytest.LogCaptureFixture) -> None:

@@ -95,7 +95,7 @@ def chosen_mode(flags: Mapping[str, Any]) -> Mode | None:
             if value not in modes:
                 raise UserError(f"--{flag} {value}: only {', '.join(modes)} exist here")
             found[f"--{flag} {value}"] = modes[value]
-    if len({mode.projector for mode in found.values()}) > 1:
+    if len({(mode.projector, mode.layout) for mode in found.values()}) > 1:
         raise UserError(f"{' and '.join(found)} contradict each other: leave one out")
     return next(iter(found.values()), None)
 
