@@ -71,7 +71,7 @@ def tiny_config(**text: Any) -> LlavaUHDConfig:
     )
 
 
-# Parameters, and weights that every token passes, as the fact sheet derives them by hand.
+# Parameters, and weights that every token passes, derived by hand.
 KNOWN = {
     "vicuna-7b-v1.5": (6_738_415_616, 6_476_005_376),
     "vicuna-13b-v1.5": (13_015_864_320, 12_687_769_600),
@@ -116,7 +116,7 @@ def test_parameters_of_other_families(text: dict[str, Any]) -> None:
     assert count_parameters(config).total == count(model)
 
 
-def test_fact_sheet_parameters() -> None:
+def test_known_parameters() -> None:
     # 88.7 M and 137.1 M without the position table.
     for size, width, expected in (("7b", 4096, 88.7e6), ("13b", 5120, 137.1e6)):
         projector = count_parameters(preset_model(f"uhd144-{size}")).projector
@@ -193,7 +193,7 @@ def test_reproduces_the_published_table() -> None:
     assert without.positions == 1008 and without.total < many.total
 
 
-def test_fact_sheet_towers() -> None:
+def test_known_towers() -> None:
     clip = tower_shape(preset_model("uhd144-7b").vision_config)
     assert clip.flops(576, 23) == pytest.approx(366.0e9, rel=1e-3)
     siglip = tower_shape(known_model("qwen2-7b", None, "siglip-so400m-patch14-384").vision_config)

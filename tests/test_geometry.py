@@ -208,7 +208,7 @@ def test_token_counts() -> None:
 
 @pytest.mark.parametrize(
     ("ratio", "bins"),
-    # Thresholds of width / height in the fact sheet: rows x columns.
+    # Thresholds of width / height as published: rows x columns.
     [
         *[(0.57, (4, 2)), (0.7, (3, 2)), (0.86, (4, 3)), (1.0, (3, 3)), (1.15, (3, 3))],
         *[(1.16, (3, 4)), (1.41, (3, 4)), (1.42, (2, 3)), (1.73, (2, 3)), (1.74, (2, 4))],

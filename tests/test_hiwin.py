@@ -244,7 +244,7 @@ def test_cost_formula(scales: tuple[int, ...]) -> None:
     assert formula.parameters(config) - formula.parameters(without) - extra == stack
 
 
-def test_fact_sheet_operations() -> None:
+def test_known_operations() -> None:
     """7 views of 24x24 at D = 4096, scales 1, 2, 4: 8.60 TFLOPs as published."""
     config = make_config(1024, 4096, scales=(1, 2, 4), num_queries=144, num_heads=None)
     grids = [(24, 24)] * 7

@@ -36,7 +36,7 @@ def upsampler(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     facts = {
         "width": "96",
         "scale": "4",
-        "tower": str(root / "llava_uhd/assets/demo_tower"),
+        "tower": "llava_uhd/assets/demo_tower",  # counts from the repository, wherever one stands
         "select_layer": "-2",
         "mean": json.dumps([0.5, 0.5, 0.5]),
         "std": json.dumps([0.5, 0.25, 0.5]),

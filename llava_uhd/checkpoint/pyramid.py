@@ -139,7 +139,7 @@ def open_pyramid(path: str | Path) -> Pyramid:
             f"({first_line(error)}): write it again with scripts/vdim_pretrain.sh"
         ) from error
     stack_state = read_vdim(folder, width, scale)
-    tower = open_tower(facts["tower"], layer)
+    tower = open_tower(_find_tower(facts["tower"]), layer)
     stack = UpsamplerStack(width, scale)
     stack.load_state_dict(stack_state)
     image = ImageConfig(
@@ -149,3 +149,11 @@ def open_pyramid(path: str | Path) -> Pyramid:
         std=std,
     )
     return Pyramid(tower, stack.eval(), image)
+
+
+def _find_tower(recorded: str) -> str | Path:
+    """The recorded folder from here or, as in a training command, from the repository."""
+    from_repository = Path(__file__).resolve().parents[2] / recorded
+    if not Path(recorded).exists() and (from_repository / "config.json").is_file():
+        return from_repository
+    return recorded
