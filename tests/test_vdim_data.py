@@ -139,6 +139,25 @@ def test_a_broken_picture_is_named(tmp_path: Path) -> None:
         [pictures[index] for index in range(len(pictures))]
 
 
+def test_broken_pictures_may_be_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for index in range(4):
+        picture(40, 40, index).save(tmp_path / f"{index}.png")
+    data = PictureConfig(folder=str(tmp_path), res=16, on_broken_picture="skip", **CALM)
+    sources = open_pictures(data).train
+    whole = Pictures(sources, Transform(data, *IMAGENET))
+    kept = [whole[index]["pictures"] for index in range(len(whole))]
+    broken = tmp_path / Path(sources[0].name).name
+    broken.write_bytes(broken.read_bytes()[:60])
+    again = [whole[index]["pictures"] for index in range(len(whole))]
+    assert torch.equal(again[0], kept[1])
+    assert all(torch.equal(a, b) for a, b in zip(again[1:], kept[1:], strict=True))
+    assert broken.name in caplog.text
+    for file in tmp_path.glob("*.png"):
+        file.write_bytes(b"no picture")
+    with pytest.raises(UserError, match="none of the pictures"):
+        whole[0]
+
+
 def test_embedded_pictures_are_drawn_and_kept_apart() -> None:
     data = PictureConfig(embedded="debug", held_out=5, **CALM)
     found = open_pictures(data)

@@ -60,6 +60,7 @@ class PictureConfig:
         crop: "center", or "random" for another cut each time.
         normalisation: of the pictures, for tower and upsampler alike: "tower" (the tower's own), or
             "imagenet" (published).
+        on_broken_picture: "error" stops; "skip" takes the next readable picture and says so.
         follow_links: allow links inside `folder` that lead out of it.
     """
 
@@ -77,6 +78,7 @@ class PictureConfig:
     resize: Literal["nearest", "bilinear", "bicubic"] = "bicubic"
     crop: Literal["center", "random"] = "center"
     normalisation: Literal["tower", "imagenet"] = "tower"
+    on_broken_picture: Literal["error", "skip"] = "error"
     follow_links: bool = False
 
     def __post_init__(self) -> None:

@@ -44,6 +44,10 @@ def main() -> None:
         say(f"{recipe.output_dir} is finished: nothing to do. Remove it to train again.", arguments)
         return
     pictures = open_pictures(recipe.data)
+    # The pictures of the measurement at the end: a broken one is found now, not after the training.
+    for group in pictures.held_out.values():
+        for source in group:
+            source.open()
     set_seed(arguments.seed)
     module = build_module(recipe)
     with arguments.main_process_first(local=False):

@@ -310,7 +310,24 @@ class Pictures(Dataset[dict[str, Any]]):
         coins = None
         if self.transform.data.crop == "random":
             coins = random.Random(seed_of(self.seed, int(self.epoch), index))
-        return {"pictures": self.transform(self.sources[index].open(), coins)}
+        return {"pictures": self.transform(self._open(index), coins)}
+
+    def _open(self, index: int) -> Image.Image:
+        """The picture, or the next readable one where broken pictures are skipped.
+
+        Raises:
+            UserError: a broken picture; or none can be read.
+        """
+        for step in range(len(self.sources)):
+            try:
+                return self.sources[(index + step) % len(self.sources)].open()
+            except UserError as error:
+                if self.transform.data.on_broken_picture == "error":
+                    raise UserError(
+                        f"{error}; data.on_broken_picture: skip leaves it out"
+                    ) from None
+                logger.warning("left out: %s", error)
+        raise UserError("none of the pictures can be read")
 
 
 def stack_pictures(samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
