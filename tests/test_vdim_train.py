@@ -14,9 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fixtures_runs
 import pytest
 import torch
-from fixtures_runs import ROOT, Broken, steps
+from fixtures_runs import ROOT, steps
 from fixtures_tiny import picture
 from PIL import Image
 from safetensors.torch import load_file
@@ -26,7 +27,7 @@ from llava_uhd.checkpoint.vdim import read_vdim, vdim_facts
 from llava_uhd.config.recipe import list_recipes
 from llava_uhd.config.vdim import load_vdim_recipe
 from llava_uhd.errors import UserError
-from llava_uhd.train.log import LOG_FILE, JsonLog
+from llava_uhd.train.log import LOG_FILE
 from llava_uhd.train.vdim import __main__ as command
 from llava_uhd.train.vdim.build import build_module, build_transform
 from llava_uhd.train.vdim.data import open_pictures
@@ -70,17 +71,7 @@ def start(workplace: Path, *words: str, launcher: tuple[str, ...] = ()) -> subpr
 
 def break_at(step: int, workplace: Path, output: str, *words: str) -> None:
     """Runs until the given step has been logged."""
-    original = JsonLog.on_log
-
-    def on_log(self: JsonLog, *given: Any, **named: Any) -> None:
-        original(self, *given, **named)
-        if given[1].global_step == step:
-            raise Broken
-
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(JsonLog, "on_log", on_log)
-        with pytest.raises(Broken):
-            run_here(workplace, output, *words)
+    fixtures_runs.break_at(step, lambda *given: run_here(workplace, output, *given), *words)
 
 
 def learned(folder: Path) -> dict[str, torch.Tensor]:

@@ -11,9 +11,8 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from llava_uhd.config.model import LlavaUHDConfig
-from llava_uhd.errors import UserError
 from llava_uhd.images.tokens import fixed_queries
-from llava_uhd.projectors.resampler import sincos_table
+from llava_uhd.projectors.resampler import attention_heads, sincos_table
 from llava_uhd.vision.upsampler import UpsamplerStack, stack_scale
 
 Grid = tuple[int, int]
@@ -80,11 +79,7 @@ class HiwinWeights(nn.Module):
         super().__init__()
         options, width = config.projector, config.hidden_size
         kv_width = config.vision_config.hidden_size
-        num_heads = options.num_heads or max(width // 128, 1)
-        if width % num_heads or width % 4:
-            raise UserError(
-                f"projector.num_heads: the width {width} must be divisible by {num_heads} and by 4"
-            )
+        num_heads = attention_heads(config)
         num_queries = fixed_queries(options, 1, 1)
         self.grid_size = isqrt(num_queries)
         self.scales = tuple(options.scales)

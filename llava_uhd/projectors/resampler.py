@@ -49,6 +49,21 @@ def sincos_table(side: int, width: int) -> torch.Tensor:
     return torch.cat([columns, rows], dim=1).float()
 
 
+def attention_heads(config: LlavaUHDConfig) -> int:
+    """Heads of a projector with queries: ``projector.num_heads``, else the published rule.
+
+    Raises:
+        UserError: the width does not fit the heads or the position table.
+    """
+    width = config.hidden_size
+    num_heads = config.projector.num_heads or max(width // 128, 1)
+    if width % num_heads or width % 4:
+        raise UserError(
+            f"projector.num_heads: the width {width} must be divisible by {num_heads} and by 4"
+        )
+    return num_heads
+
+
 class WindowAttention(nn.Module):
     """Multi-head attention of one query per window over the window's pooled cells.
 
@@ -196,11 +211,7 @@ class SpatialResampler(nn.Module):
         super().__init__()
         options, width = config.projector, config.hidden_size
         kv_width = config.vision_config.hidden_size
-        num_heads = options.num_heads or max(width // 128, 1)
-        if width % num_heads or width % 4:
-            raise UserError(
-                f"projector.num_heads: the width {width} must be divisible by {num_heads} and by 4"
-            )
+        num_heads = attention_heads(config)
         num_queries = fixed_queries(options, 1, 1)
         self.grid_size = isqrt(num_queries)
         eps = options.layer_norm_eps
