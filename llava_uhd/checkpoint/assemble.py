@@ -25,7 +25,14 @@ from llava_uhd.checkpoint.parts import (
 from llava_uhd.checkpoint.sources import resolve_folder
 from llava_uhd.checkpoint.vdim import UPSAMPLER_PREFIX, find_vdim, read_vdim
 from llava_uhd.checkpoint.weights import Tensors
-from llava_uhd.config.model import CompressionConfig, ImageConfig, LlavaUHDConfig, make_config
+from llava_uhd.config.model import (
+    CompressionConfig,
+    ImageConfig,
+    LlavaUHDConfig,
+    ProjectorConfig,
+    VideoConfig,
+    make_config,
+)
 from llava_uhd.config.training import ModelSection
 from llava_uhd.errors import UserError
 from llava_uhd.model.modeling import LlavaUHDForConditionalGeneration
@@ -37,6 +44,13 @@ logger = logging.getLogger(__name__)
 
 
 Options = TypeVar("Options")
+
+# Sections whose values a recipe lays over those of a checkpoint.
+PART_NAMES: dict[type, str] = {
+    ImageConfig: "image",
+    ProjectorConfig: "projector",
+    VideoConfig: "video",
+}
 TokenizerMaker = Callable[[], PreTrainedTokenizerBase]
 
 
@@ -149,6 +163,7 @@ def _from_checkpoint(section: ModelSection, dtype: torch.dtype) -> Assembled:
     _check_shapes(section, config)
     config.image = overlay(processor.image_config, section.image, section.given)
     config.projector = overlay(config.projector, section.projector, section.given)
+    config.video = overlay(config.video, section.video, section.given)
     config.template = section.template
     processor = LlavaUHDProcessor.from_parts(processor.tokenizer, config)
     if section.projector_file is not None:
@@ -203,7 +218,7 @@ def _check_shapes(section: ModelSection, config: LlavaUHDConfig) -> None:
     wanted: dict[str, Any] = {
         f"projector.{key}": value
         for key, value in dataclasses.asdict(projector).items()
-        if key != "train_positions"
+        if key not in ("train_positions", "initializer_range")
     }
     wanted["image.patch_size"] = overlay(config.image, section.image, given).patch_size
     unset = section.select_layer == ModelSection.select_layer
@@ -224,12 +239,12 @@ def overlay(own: Options, wanted: Options, given: frozenset[str] | None = None) 
 
     Args:
         own: of the checkpoint.
-        wanted: of the recipe, ``image`` or ``projector``.
+        wanted: of the recipe, ``image``, ``projector`` or ``video``.
         given: keys of the model section that the recipe sets (`ModelSection.given`). None: what is
             not at its default counts as set.
     """
     default = type(wanted)()
-    part = "image" if isinstance(wanted, ImageConfig) else "projector"
+    part = PART_NAMES[type(wanted)]
 
     def is_set(name: str) -> bool:
         if given is not None:
@@ -259,6 +274,7 @@ def _from_parts(
         text_config=text,
         image=image,
         projector=dataclasses.replace(section.projector),
+        video=dataclasses.replace(section.video),
         template=section.template,
         select_layer=section.select_layer,
     )

@@ -56,7 +56,7 @@ MAX_SHARD = "5GB"
 # Settings of ours that change no weight and no usual number: noted, not refused.
 _FREE = {"image.bounded", "image.max_slices", "image.long_side"}
 _SKIPPED = {"image.image_token_id", "projector.form", "projector.train_positions"}
-_SKIPPED |= {"projector.round_boxes"}
+_SKIPPED |= {"projector.round_boxes", "projector.initializer_range"}
 _HOUSEKEEPING = {"architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path"}
 
 

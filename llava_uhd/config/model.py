@@ -32,13 +32,24 @@ class ImageConfig:
 
     Attributes:
         strategy: registered image strategy (`llava_uhd.images.strategies`).
-        layout: where the tokens of the slices stand: "slices" (one slice after another) or "rows"
-            (the token maps of all slices joined into one map, row by row: the published
-            LLaVA-UHD v2 Vicuna-7B).
+        layout: where the tokens of the views stand. "slices": one slice after another, a separator
+            after each, the overview last. "rows": the token maps of all slices joined into one map,
+            row by row (the published LLaVA-UHD v2 Vicuna-7B). "flat": one view after another,
+            nothing between them (LLaVA-1.5). "unpad": the overview, then the joined map of the
+            tiles without what stands for padding, a learned newline after each of its rows
+            (LLaVA-NeXT and OneVision, published as ``spatial_unpad``); a single view ends with one
+            newline. "spatial": the same without newlines and with the padding.
         max_slices: most slices beside the overview.
-        scale_resolution: side in pixels of the square whose area a view aims at.
+        scale_resolution: side in pixels of the square whose area a view aims at, and of a square
+            view or tile.
         patch_size: side of a tower patch in pixels.
         bounded: keep views within 16:1 (False reproduces published plans for any shape).
+        pinpoints: (width, height) in pixels of the canvases that "anyres" chooses from, multiples
+            of `scale_resolution`; a list, or the published text ``"(1x1),...,(6x6)"`` in tiles.
+        max_tiles: "anyres" shrinks the joined map by interpolation to about the tokens of this many
+            tiles (the N of the published ``anyres_max_N``); None keeps every token.
+        several: how the images of a sample with more than one are read: "same" as a single one, or
+            "pad", one padded square view each (LLaVA-OneVision).
         long_side: resize images to this long side before planning, or None. The published
             evaluation loader uses 1024.
         detail_side: shrink images to a square of this side and blow them up again before they are
@@ -51,11 +62,14 @@ class ImageConfig:
     """
 
     strategy: str = "slices"
-    layout: Literal["slices", "rows"] = "slices"
+    layout: Literal["slices", "rows", "flat", "unpad", "spatial"] = "slices"
     max_slices: int = 7
     scale_resolution: int = 336
     patch_size: int = 14
     bounded: bool = True
+    pinpoints: tuple[tuple[int, int], ...] | str | None = None
+    max_tiles: int | None = None
+    several: Literal["same", "pad"] = "same"
     long_side: int | None = None
     detail_side: int | None = None
     mean: tuple[float, ...] | None = None
@@ -65,9 +79,11 @@ class ImageConfig:
     newline_id: int | None = None
 
     def __post_init__(self) -> None:
+        if self.pinpoints is not None and not isinstance(self.pinpoints, str):
+            self.pinpoints = tuple((int(width), int(height)) for width, height in self.pinpoints)
         self.mean = None if self.mean is None else tuple(self.mean)
         self.std = None if self.std is None else tuple(self.std)
-        for name in ("max_slices", "patch_size", "long_side", "detail_side"):
+        for name in ("max_slices", "patch_size", "long_side", "detail_side", "max_tiles"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"image.{name} must be at least 1, got {value}")
@@ -118,6 +134,9 @@ class ProjectorConfig:
             published training it learns in the first stage only.
         scales: of the feature maps that a multi-scale projector reads: 1 is the tower's own map,
             2, 4 and 8 are made by the upsampler.
+        initializer_range: standard deviation of the linear layers of a new multi-scale projector.
+            The published 0.02 suits widths of some thousands; a narrow projector that starts with
+            it is overwritten by its first steps.
         form: "fast", or "plain" for the slow form that follows the publication step by step (the
             same numbers up to rounding).
         round_boxes: round the pooling windows to the feature dtype as the published
@@ -130,6 +149,7 @@ class ProjectorConfig:
     layer_norm_eps: float = 1e-6
     train_positions: bool = True
     scales: tuple[int, ...] = (1,)
+    initializer_range: float = 0.02
     form: Literal["fast", "plain"] = "fast"
     round_boxes: bool = False
 
@@ -141,8 +161,50 @@ class ProjectorConfig:
             or len(set(self.scales)) < len(self.scales)
         ):
             raise UserError(f"projector.scales must be different ones of {SCALES}: {self.scales}")
+        if self.initializer_range <= 0:
+            raise UserError(
+                f"projector.initializer_range must be above 0, got {self.initializer_range}"
+            )
         if self.num_heads is not None and self.num_heads < 1:
             raise UserError(f"projector.num_heads must be at least 1 or null, got {self.num_heads}")
+
+
+@dataclass
+class VideoConfig:
+    """Which frames of a video are taken, and what becomes of their tokens.
+
+    Attributes:
+        fps: frames taken per second of the video (published ``video_fps``).
+        max_frames: with more of them, or with `force_sample`, this many are taken at even distances
+            (published ``frames_upbound``); 0 sets no bound.
+        force_sample: always take `max_frames` frames.
+        time_instruction: tell the length of the video and the times of its frames before the first
+            question.
+        pool_stride: side of the squares of tokens that are pooled into one; 1 keeps every token.
+        pool_mode: how they are pooled.
+        newline: where the learned newline of the layout "unpad" stands: after the last frame
+            ("one_token"), after each row of each frame ("grid"), after each frame ("frame"), or
+            nowhere ("no_token").
+    """
+
+    fps: float = 1.0
+    max_frames: int = 32
+    force_sample: bool = False
+    time_instruction: bool = False
+    pool_stride: int = 1
+    pool_mode: Literal["bilinear", "average", "max"] = "bilinear"
+    newline: Literal["one_token", "grid", "frame", "no_token"] = "one_token"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.fps < 1000:
+            raise UserError(f"video.fps must be above 0, got {self.fps}")
+        if self.max_frames < 0 or (self.force_sample and self.max_frames == 0):
+            raise UserError(
+                f"video.max_frames must be at least 1 (or 0 for no bound, without "
+                f"video.force_sample), got {self.max_frames}"
+            )
+        if self.pool_stride < 1:
+            raise UserError(f"video.pool_stride must be at least 1, got {self.pool_stride}")
 
 
 @dataclass
@@ -223,6 +285,7 @@ class LlavaUHDConfig(PreTrainedConfig):
         text_config: transformers configuration (or dict) of any causal language model.
         image: `ImageConfig` or dict.
         projector: `ProjectorConfig` or dict.
+        video: `VideoConfig` or dict.
         compression: `CompressionConfig` or dict.
         template: registered conversation template the model was trained with.
         select_layer: which hidden state of the tower is used; -2 is the output of the last layer
@@ -240,6 +303,7 @@ class LlavaUHDConfig(PreTrainedConfig):
         text_config: PreTrainedConfig | dict[str, Any] | None = None,
         image: ImageConfig | dict[str, Any] | None = None,
         projector: ProjectorConfig | dict[str, Any] | None = None,
+        video: VideoConfig | dict[str, Any] | None = None,
         compression: CompressionConfig | dict[str, Any] | None = None,
         template: str = "v1",
         select_layer: int = -2,
@@ -251,11 +315,17 @@ class LlavaUHDConfig(PreTrainedConfig):
         self.text_config = make_config(text_config or {"model_type": "llama"}, "text_config")
         self.image = make_part(ImageConfig, image, "image").filled(self.vision_config)
         self.projector = make_part(ProjectorConfig, projector, "projector")
+        self.video = make_part(VideoConfig, video, "video")
         self.compression = make_part(CompressionConfig, compression, "compression")
         self.template = template
         self.select_layer = convert(select_layer, int, "select_layer")
         kwargs.setdefault("tie_word_embeddings", self.text_config.tie_word_embeddings)
         super().__init__(**kwargs)
+
+    @property
+    def has_newline(self) -> bool:
+        """Whether the model has a learned newline, as the layout "unpad" needs."""
+        return self.image.layout == "unpad"
 
     @property
     def hidden_size(self) -> int:
@@ -265,7 +335,7 @@ class LlavaUHDConfig(PreTrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         """Serialises the typed parts as plain dicts."""
         values = super().to_dict()
-        for name in ("image", "projector", "compression"):
+        for name in ("image", "projector", "video", "compression"):
             part = getattr(self, name)
             values[name] = {
                 key: list(value) if isinstance(value, tuple) else value

@@ -38,6 +38,7 @@ RIVALS: dict[str, tuple[str, ...]] = {
         "model.upsampler_file",
         "model.select_layer",
         "model.image",
+        "model.video",
         "model.projector.type",
         "model.projector.num_queries",
         "model.projector.num_heads",

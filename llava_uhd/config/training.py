@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Literal
 
-from llava_uhd.config.model import CompressionConfig, ImageConfig, ProjectorConfig
+from llava_uhd.config.model import CompressionConfig, ImageConfig, ProjectorConfig, VideoConfig
 from llava_uhd.config.resolved import Resolved
 from llava_uhd.config.schema import Flat, build, leaf_types
 from llava_uhd.errors import UserError
@@ -16,7 +16,11 @@ from llava_uhd.registry import nearest_hint
 
 # Parts of a model that a stage can train. The projector's own part leaves out its upsampler:
 # "upsampler" is the whole stack, "upsampler_fixup" only the 1x1 convolutions behind its stages.
-PARTS = ("vision_tower", "projector", "upsampler", "upsampler_fixup", "language_model")
+# "image_newline" is the learned newline of the layout "unpad".
+PARTS = (
+    *("vision_tower", "projector", "upsampler", "upsampler_fixup"),
+    *("image_newline", "language_model"),
+)
 UPSAMPLER_PARTS = ("upsampler", "upsampler_fixup")
 
 # DeepSpeed configurations that ship under scripts/deepspeed.
@@ -43,6 +47,7 @@ class ModelSection:
         select_layer: hidden state of the tower that is used.
         projector: its configuration.
         image: how images are read. Token ids are filled from the tokenizer.
+        video: how videos are read.
         dtype: of the weights. "auto" keeps float32 weights, except where DeepSpeed keeps float32
             copies beside bfloat16 ones.
         attn_implementation: of the language model; None chooses what the machine has.
@@ -62,6 +67,7 @@ class ModelSection:
     select_layer: int = -2
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)
     image: ImageConfig = field(default_factory=ImageConfig)
+    video: VideoConfig = field(default_factory=VideoConfig)
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     attn_implementation: str | None = None
     given: frozenset[str] | None = field(default=None, init=False, repr=False, compare=False)
@@ -332,7 +338,7 @@ def make_recipe(flat: Flat) -> Recipe:
 
 def _keep_given(model: dict[str, Any], given: list[str]) -> None:
     """Drops what a recipe over a checkpoint does not set from the plain form of its section."""
-    for part in ("image", "projector"):
+    for part in ("image", "projector", "video"):
         model[part] = {k: v for k, v in model[part].items() if f"{part}.{k}" in given}
     if "select_layer" not in given:
         model.pop("select_layer", None)

@@ -84,6 +84,7 @@ class HiwinWeights(nn.Module):
         self.grid_size = isqrt(num_queries)
         self.scales = tuple(options.scales)
         self.round_boxes = options.round_boxes
+        self.initializer_range = options.initializer_range
         eps = options.layer_norm_eps
         self.pos_embed = nn.Parameter(torch.empty(num_queries, width))
         for index in range(NUM_SETS):
@@ -107,7 +108,7 @@ class HiwinWeights(nn.Module):
             self.upsampler = UpsamplerStack(kv_width, stack)
 
     def reset_weights(self) -> None:
-        """Published initial values."""
+        """Published initial values, up to ``projector.initializer_range``."""
         width = self.proj.shape[0]
         init.copy_(self.pos_embed, sincos_table(self.grid_size, width))
         for query in self.queries:
@@ -117,7 +118,7 @@ class HiwinWeights(nn.Module):
             init.zeros_(self.scale_embedding(scale))
             linears.append(self.scale_projector(scale))
         for linear in linears:
-            init.trunc_normal_(linear.weight, std=0.02)
+            init.trunc_normal_(linear.weight, std=self.initializer_range)
             init.zeros_(linear.bias)
         init.normal_(self.proj, std=width**-0.5)
 
