@@ -19,10 +19,11 @@ from llava_uhd.config.recipe import load_recipe
 from llava_uhd.errors import UserError, command
 from llava_uhd.images.cost import image_cost
 from llava_uhd.images.geometry import SlicePlan, map_side
+from llava_uhd.images.maps import Newline, TokenMap, image_maps
 from llava_uhd.images.pictures import slice_grid_picture
 from llava_uhd.images.pixels import open_image, remove_detail
 from llava_uhd.images.strategies import plan_image, prepared_size
-from llava_uhd.images.tokens import view_token_counts
+from llava_uhd.images.tokens import view_token_shapes
 
 DEFAULT_RECIPE = "uhd_v1/finetune_vicuna7b"
 
@@ -81,22 +82,28 @@ def prepare(
 
 def describe(plan: SlicePlan, config: LlavaUHDConfig) -> list[str]:
     """Lines on sizes, token layout and cost of an image under a plan."""
-    counts = view_token_counts(config.projector, plan.view_grids)
+    shapes = view_token_shapes(config.projector, plan.view_grids)
+    counts = [rows * columns for rows, columns in shapes]
     cost = image_cost(config, plan)
     width, height = plan.image_size
+    first = int(plan.overview_first)
     lines = [f"  image      {width} x {height} pixels"]
     if plan.grid is not None and plan.refine_size is not None:
         columns, rows = plan.grid
         lines += [
             f"  grid       {columns} x {rows} (columns x rows)",
-            f"  slices     {plan.num_slices} of {_view(plan, 0)}, {counts[0]} tokens each, "
+            f"  slices     {plan.num_slices} of {_view(plan, first)}, {counts[first]} tokens each, "
             f"cut from {plan.refine_size[0]} x {plan.refine_size[1]}",
         ]
     else:
         lines.append("  grid       none: one view")
-    lines.append(f"  overview   {_view(plan, -1)}, {counts[-1]} tokens")
+    overview = 0 if plan.overview_first else -1
+    lines.append(f"  overview   {_view(plan, overview)}, {counts[overview]} tokens")
     lines.append("  layout")
-    lines += [f"    {row}" for row in token_layout(plan, counts, config.image.layout)]
+    if config.image.layout in ("slices", "rows"):
+        lines += [f"    {row}" for row in token_layout(plan, counts, config.image.layout)]
+    else:
+        lines += [f"    {describe_map(each)}" for each in image_maps(config.image, plan, shapes)]
     separators = cost.positions - cost.visual_tokens
     lines += [
         f"  tokens     {cost.visual_tokens} visual + {separators} separators = {cost.positions} "
@@ -134,6 +141,19 @@ def token_layout(plan: SlicePlan, counts: list[int], layout: str = "slices") -> 
             row = [f"[{at + 1}: {counts[at]}]" for at in range(start, start + columns)]
             rows.append(" , ".join(row) + " \\n")
     return [*rows, f"[overview: {counts[-1]}]"]
+
+
+def describe_map(each: TokenMap) -> str:
+    """One map of tokens in words.
+
+    Example: ``"2 x 2 views joined: 40 x 54 tokens kept, a newline after each row"``.
+    """
+    joined = f"{each.columns} x {each.rows} views joined" if each.columns * each.rows > 1 else "view"
+    text = f"{joined}: {each.height} x {each.width} tokens kept"
+    if (each.out_height, each.out_width) != (each.height, each.width):
+        text += f", shrunk to {each.out_height} x {each.out_width}"
+    newline = {Newline.END: ", a newline at the end", Newline.ROWS: ", a newline after each row"}
+    return text + newline.get(Newline(each.newline), "")
 
 
 def picture_path(image: Path, output: Path | None, kind: str = "slices") -> Path:

@@ -169,7 +169,8 @@ def test_separators_and_start(tokenizer: PreTrainedTokenizerBase, made: Assemble
     assert (image.comma_id, image.newline_id) == (11, 198)
     assert made.model.config.image == image
     # A 2 x 1 grid: two slices of 4 tokens and their separators, then the overview.
-    ids = made.processor.encode_images([picture(64, 32)])[0].ids
+    inputs = made.processor(text="<image>", images=[picture(64, 32)], add_special_tokens=False)
+    ids = inputs["input_ids"][0].tolist()
     place = made.processor.image_token_id
     assert ids == [place] * 4 + [11] + [place] * 4 + [198] + [place] * 4
 

@@ -24,10 +24,10 @@ from llava_uhd.images.geometry import (
     num_image_positions,
     num_schema_tokens,
     plan_slices,
-    row_order,
 )
+from llava_uhd.images.maps import TokenMap, image_maps, whole_map
 from llava_uhd.inspect import token_layout
-from llava_uhd.model.packing import sequence_order
+from llava_uhd.model.packing import merge_views
 from llava_uhd.text.layout import image_ids
 from llava_uhd.text.processor import LlavaUHDProcessor
 from llava_uhd.text.templates import Turn
@@ -51,23 +51,24 @@ def processor(parts: Parts) -> LlavaUHDProcessor:
 # --- integers -------------------------------------------------------------------------------------
 
 
+def row_order(columns: int, rows: int, side: int) -> list[int]:
+    """The published rule, position by position: place in the sequence -> token slice by slice."""
+    return [
+        ((row * columns + column) * side + line) * side + place
+        for row in range(rows)
+        for line in range(side)
+        for column in range(columns)
+        for place in range(side)
+    ]
+
+
 @given(columns=st.integers(1, 7), rows=st.integers(1, 7), side=st.integers(1, 6))
-def test_the_order_is_a_bijection_and_reads_the_joined_map(
-    columns: int, rows: int, side: int
-) -> None:
-    order = row_order(columns, rows, side)
+def test_the_joined_map_is_read_row_by_row(columns: int, rows: int, side: int) -> None:
     count = columns * rows * side * side
-    assert sorted(order) == list(range(count))
-    # The plain form: the map of each slice pasted where the slice lies in the image.
-    joined = torch.zeros(rows * side, columns * side, dtype=torch.long)
-    tokens = torch.arange(count).reshape(rows * columns, side, side)
-    for index, token_map in enumerate(tokens):
-        row, column = divmod(index, columns)
-        joined[
-            row * side : (row + 1) * side,
-            column * side : (column + 1) * side,
-        ] = token_map
-    assert order == joined.flatten().tolist()
+    tokens = torch.arange(count)[:, None]
+    joined = torch.tensor([whole_map((side, side), columns, rows)])
+    merged = merge_views(tokens, [(side, side)] * (columns * rows), joined)
+    assert merged[:, 0].tolist() == row_order(columns, rows, side)
 
 
 def plan_of(columns: int, rows: int) -> SlicePlan:
@@ -85,7 +86,8 @@ def plan_of(columns: int, rows: int) -> SlicePlan:
 def test_ids_follow_the_published_rule(columns: int, rows: int, side: int) -> None:
     plan, count = plan_of(columns, rows), side * side
     config = ImageConfig(layout="rows", image_token_id=IMAGE, comma_id=COMMA, newline_id=NEWLINE)
-    ids = image_ids(plan, [count] * plan.num_views, config)
+    maps = image_maps(config, plan, [(side, side)] * plan.num_views)
+    ids = image_ids(plan, maps, config)
     assert len(ids) == num_image_positions(plan, count, "rows")
     assert ids.count(IMAGE) == plan.num_views * count
     assert len(ids) - ids.count(IMAGE) == num_schema_tokens(plan, "rows", count)
@@ -114,15 +116,16 @@ def test_published_lengths(golden: Path) -> None:
 
 
 def test_the_order_of_a_batch() -> None:
-    grids = torch.tensor([[0, 0], [2, 1], [0, 0], [1, 2]])
-    order = sequence_order(grids, 8, 32)
-    assert order is not None and sorted(order.tolist()) == list(range(32))
+    shape = (2, 2)
+    one, wide, tall = whole_map(shape), whole_map(shape, 2, 1), whole_map(shape, 1, 2)
+    maps = torch.tensor([one, wide, one, one, tall, one])
+    order = merge_views(torch.arange(32)[:, None], [shape] * 8, maps)[:, 0]
+    assert sorted(order.tolist()) == list(range(32))
     assert order[:4].tolist() == [0, 1, 2, 3]
     assert order[4:12].tolist() == [4, 5, 8, 9, 6, 7, 10, 11]
     assert order[12:].tolist() == list(range(12, 32)), "one column reads as it stands"
-    assert sequence_order(torch.tensor([[0, 0]]), 1, 4) is None
     with pytest.raises(ValueError, match="mean 8 views, but view_grids has 7"):
-        sequence_order(grids, 7, 28)
+        merge_views(torch.zeros(28, 1), [shape] * 7, maps)
 
 
 # --- refusals -------------------------------------------------------------------------------------
@@ -134,20 +137,20 @@ def test_a_projector_without_square_maps_is_refused(processor: LlavaUHDProcessor
     for counts in ([144, 143], [8], [0]):
         with pytest.raises(UserError, match="image.layout to 'slices'"):
             map_side(counts)
-    with pytest.raises(UserError, match="image_config.layout must be slices or rows"):
+    with pytest.raises(UserError, match="image_config.layout must be slices"):
         LlavaUHDProcessor(processor.tokenizer, {"layout": "columns"}, {}, "v1")
 
 
-def test_missing_grids_are_named(parts: Parts) -> None:
+def test_missing_maps_are_named(parts: Parts) -> None:
     model, processor = parts
     inputs = processor(text="<image>", images=[picture(96, 64)])
-    grids = inputs.pop("image_grids")
-    with pytest.raises(ValueError, match="needs image_grids"):
+    maps = inputs.pop("token_maps")
+    with pytest.raises(ValueError, match="needs token_maps"):
         model(**inputs)
-    with pytest.raises(ValueError, match="needs image_grids"):
+    with pytest.raises(ValueError, match="needs token_maps"):
         model.generate(**inputs, max_new_tokens=1)
-    with pytest.raises(ValueError, match="mean 2 views"):
-        model(**inputs, image_grids=torch.ones_like(grids))
+    with pytest.raises(ValueError, match="mean 1 views"):
+        model(**inputs, token_maps=maps[1:])
 
 
 # --- processor, data ------------------------------------------------------------------------------
@@ -161,26 +164,30 @@ def test_counts_equal_the_encoding_and_the_rows(size: tuple[int, int]) -> None:
     ids = inputs["input_ids"][0]
     assert len(ids) == processor.num_image_tokens(*size)
     plan = processor.plan(*size)
-    assert inputs["image_grids"].tolist() == [list(plan.grid or (0, 0))]
+    maps = [TokenMap(*row) for row in inputs["token_maps"].tolist()]
+    assert [(each.columns, each.rows) for each in maps] == [
+        *([plan.grid] if plan.grid else []),
+        (1, 1),
+    ]
     assert len(ids) == image_cost(model.config, plan).positions
     with torch.no_grad():
         tokens = model.get_image_features(
-            inputs["pixel_values"], inputs["view_grids"], inputs["image_grids"]
+            inputs["pixel_values"], inputs["view_grids"], inputs["token_maps"]
         )
     assert len(tokens) == (ids == processor.image_token_id).sum()
 
 
-def test_other_layouts_have_no_grids() -> None:
+def test_other_layouts_have_no_maps() -> None:
     _, slices = tiny_parts()
-    assert "image_grids" not in slices(text="<image>", images=[picture(96, 64)])
-    assert "image_grids" not in slices.model_input_names
+    assert "token_maps" not in slices(text="<image>", images=[picture(96, 64)])
+    assert "token_maps" not in slices.model_input_names
 
 
 def test_every_cut_keeps_whole_images(processor: LlavaUHDProcessor) -> None:
     turns = [Turn("human", "<image>\nOne? <image> two?"), Turn("gpt", "Yes.")]
     images = [picture(96, 64), picture(30, 90)]
     whole = processor.encode_conversation(turns, images)
-    assert whole["image_grids"].tolist() == [[3, 2], [1, 3]]
+    assert whole["token_maps"][:, :2].tolist() == [[3, 2], [1, 1], [1, 3], [1, 1]]
     longest = {}
     for length in range(1, len(whole["input_ids"]) + 1):
         cut = processor.encode_conversation(turns, images, max_length=length, overlong="drop")
@@ -188,7 +195,7 @@ def test_every_cut_keeps_whole_images(processor: LlavaUHDProcessor) -> None:
         assert len(cut["input_ids"]) <= length
         placeholders = int((cut["input_ids"] == processor.image_token_id).sum())
         assert placeholders == cut["num_visual_tokens"] == (0, 7 * 4, 7 * 4 + 4 * 4)[kept]
-        assert len(cut.get("image_grids", ())) == kept
+        assert len(cut.get("token_maps", ())) == 2 * kept
         longest[kept] = length
     assert list(longest) == [0, 1, 2]
     with pytest.raises(UserError, match="would lose 1 of 2 images"):
@@ -213,7 +220,7 @@ def samples(processor: LlavaUHDProcessor) -> list[dict[str, Any]]:
 def test_a_batch_equals_its_rows(projector: dict[str, Any], samples: list[dict[str, Any]]) -> None:
     model, _ = tiny_parts(**ROWS, projector=projector)
     batch = Collator(0)(samples)
-    assert batch["image_grids"].tolist() == [[3, 2], [0, 0], [2, 1]]
+    assert batch["token_maps"][:, :2].tolist() == [[3, 2], *[[1, 1]] * 2, [2, 1], [1, 1]]
     with torch.no_grad():
         together = model(**batch, logits_to_keep=0).logits
         for row, one in enumerate(samples):
@@ -228,7 +235,7 @@ def test_packed_samples_equal_padded_ones(samples: list[dict[str, Any]]) -> None
     packed = {
         "input_ids": torch.cat([one["input_ids"] for one in samples])[None],
         "position_ids": torch.cat([torch.arange(len(one["input_ids"])) for one in samples])[None],
-        **{key: batch[key] for key in ("pixel_values", "view_grids", "image_grids")},
+        **{key: batch[key] for key in ("pixel_values", "view_grids", "token_maps")},
     }
     with torch.no_grad():
         separate, one_row = model(**batch), model(**packed, use_cache=False)
@@ -249,7 +256,7 @@ def test_the_model_writes_the_joined_map(parts: Parts) -> None:
     inputs = processor(text="<image>", images=[picture(96, 64)])
     with torch.no_grad():
         tokens = model.get_image_features(
-            inputs["pixel_values"], inputs["view_grids"], inputs["image_grids"]
+            inputs["pixel_values"], inputs["view_grids"], inputs["token_maps"]
         )
         features = model.vision_tower(inputs["pixel_values"], inputs["view_grids"])
         own = model.projector(features, inputs["view_grids"], inputs["pixel_values"])

@@ -134,6 +134,7 @@ class ProjectorConfig:
             published training it learns in the first stage only.
         scales: of the feature maps that a multi-scale projector reads: 1 is the tower's own map,
             2, 4 and 8 are made by the upsampler.
+        unshuffle: side of the squares of patches that "pixel_unshuffle_mlp" joins into a token.
         initializer_range: standard deviation of the linear layers of a new multi-scale projector.
             The published 0.02 suits widths of some thousands; a narrow projector that starts with
             it is overwritten by its first steps.
@@ -149,6 +150,7 @@ class ProjectorConfig:
     layer_norm_eps: float = 1e-6
     train_positions: bool = True
     scales: tuple[int, ...] = (1,)
+    unshuffle: int = 2
     initializer_range: float = 0.02
     form: Literal["fast", "plain"] = "fast"
     round_boxes: bool = False
@@ -161,6 +163,8 @@ class ProjectorConfig:
             or len(set(self.scales)) < len(self.scales)
         ):
             raise UserError(f"projector.scales must be different ones of {SCALES}: {self.scales}")
+        if self.unshuffle < 1:
+            raise UserError(f"projector.unshuffle must be at least 1, got {self.unshuffle}")
         if self.initializer_range <= 0:
             raise UserError(
                 f"projector.initializer_range must be above 0, got {self.initializer_range}"
@@ -178,6 +182,8 @@ class VideoConfig:
         max_frames: with more of them, or with `force_sample`, this many are taken at even distances
             (published ``frames_upbound``); 0 sets no bound.
         force_sample: always take `max_frames` frames.
+        strategy: registered image strategy of a frame, which is always one view; None: that of the
+            model's images, without slices or tiles.
         time_instruction: tell the length of the video and the times of its frames before the first
             question.
         pool_stride: side of the squares of tokens that are pooled into one; 1 keeps every token.
@@ -190,6 +196,7 @@ class VideoConfig:
     fps: float = 1.0
     max_frames: int = 32
     force_sample: bool = False
+    strategy: str | None = None
     time_instruction: bool = False
     pool_stride: int = 1
     pool_mode: Literal["bilinear", "average", "max"] = "bilinear"

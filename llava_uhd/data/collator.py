@@ -34,8 +34,8 @@ class Collator:
         Returns:
             ``input_ids``, ``labels`` (-100: not learned) and ``attention_mask``, int64 (B, T).
             When a sample has images also ``pixel_values`` float32 (P, 3 * p * p) and
-            ``view_grids`` int64 (V, 2), of all samples one after another; in the layout "rows"
-            ``image_grids`` int64 (I, 2) as well.
+            ``view_grids`` int64 (V, 2), of all samples one after another, and ``token_maps``
+            int64 (M, 10) where the model joins or pools views.
         """
         rows = [sample for sample in samples if not isinstance(sample, BrokenSample)]
         if not rows:
@@ -51,7 +51,7 @@ class Collator:
             batch["input_ids"][position, :length] = row["input_ids"]
             batch["labels"][position, :length] = row["labels"]
             batch["attention_mask"][position, :length] = 1
-        for key in ("pixel_values", "view_grids", "image_grids"):
+        for key in ("pixel_values", "view_grids", "token_maps"):
             parts = [row[key] for row in rows if row.get(key) is not None]
             if parts:
                 batch[key] = torch.cat(parts)

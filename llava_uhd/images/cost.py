@@ -17,7 +17,8 @@ from llava_uhd.errors import UserError
 from llava_uhd.images.cost_projectors import PROJECTOR_COSTS
 from llava_uhd.images.cost_projectors import Convention as Convention
 from llava_uhd.images.geometry import Size, SlicePlan, num_schema_tokens
-from llava_uhd.images.tokens import view_token_counts
+from llava_uhd.images.maps import image_maps
+from llava_uhd.images.tokens import view_token_shapes
 
 # The one of the compute table of LLaVA-UHD (arXiv 2403.11703).
 PUBLISHED = Convention(causal=False, all_logits=True, whole_tower=True, published_projector=True)
@@ -216,9 +217,10 @@ def image_cost(
     """
     convention = convention or Convention()
     grids = plan.view_grids
-    counts = view_token_counts(config.projector, grids)
-    visual = sum(counts)
-    schema = num_schema_tokens(plan, config.image.layout, counts[0]) if separators else 0
+    shapes = view_token_shapes(config.projector, grids)
+    visual = sum(each.tokens for each in image_maps(config.image, plan, shapes))
+    per_view = shapes[0][0] * shapes[0][1]
+    schema = num_schema_tokens(plan, config.image.layout, per_view) if separators else 0
     positions = visual + text_tokens + schema
     return Cost(
         tower=tower_flops(config, grids, convention),

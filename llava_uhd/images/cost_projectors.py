@@ -12,6 +12,7 @@ from typing import Protocol
 
 from llava_uhd.config.model import LlavaUHDConfig
 from llava_uhd.images.geometry import Size, pool_bins
+from llava_uhd.images.tokens import MLP_DEPTHS, view_token_counts
 from llava_uhd.registry import Registry
 
 
@@ -188,20 +189,51 @@ class HiwinCost:
         return total
 
 
+@dataclass(frozen=True)
 class MLPCost:
-    """Two linear layers on each patch (LLaVA-1.5's ``mlp2x_gelu``)."""
+    """Linear layers on each patch, or on each square of patches.
+
+    Attributes:
+        depth: linear layers.
+        unshuffled: whether squares of ``projector.unshuffle`` patches are joined and normalised.
+    """
+
+    depth: int
+    unshuffled: bool = False
 
     def parameters(self, config: LlavaUHDConfig) -> int:
         """Parameters of the module."""
-        d, c = config.hidden_size, config.vision_config.hidden_size
-        return c * d + d + d * d + d
+        d, c = config.hidden_size, self._width(config)
+        norm = 2 * c if self.unshuffled else 0
+        return norm + c * d + d + (self.depth - 1) * (d * d + d)
 
     def flops(self, config: LlavaUHDConfig, grids: Sequence[Size], convention: Convention) -> int:
         """Operations."""
-        d, c = config.hidden_size, config.vision_config.hidden_size
-        return sum(2 * rows * columns * (c * d + d * d) for rows, columns in grids)
+        d, c = config.hidden_size, self._width(config)
+        tokens = sum(view_token_counts(config.projector, grids))
+        return 2 * tokens * (c * d + (self.depth - 1) * d * d)
+
+    def _width(self, config: LlavaUHDConfig) -> int:
+        side = config.projector.unshuffle if self.unshuffled else 1
+        return int(config.vision_config.hidden_size) * side**2
+
+
+class IdentityCost:
+    """Nothing at all."""
+
+    def parameters(self, config: LlavaUHDConfig) -> int:
+        """None."""
+        return 0
+
+    def flops(self, config: LlavaUHDConfig, grids: Sequence[Size], convention: Convention) -> int:
+        """None."""
+        return 0
 
 
 PROJECTOR_COSTS.add("hiwin", HiwinCost())
+PROJECTOR_COSTS.add("identity", IdentityCost())
+PROJECTOR_COSTS.add("linear", MLPCost(1))
+PROJECTOR_COSTS.add("pixel_unshuffle_mlp", MLPCost(2, unshuffled=True))
 PROJECTOR_COSTS.add("spatial_resampler", ResamplerCost())
-PROJECTOR_COSTS.add("mlp2x_gelu", MLPCost())
+for _depth in MLP_DEPTHS:
+    PROJECTOR_COSTS.add(f"mlp{_depth}x_gelu", MLPCost(_depth))

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, floor, isqrt, log, sqrt
+from typing import Literal
 
 from llava_uhd.errors import UserError
 
@@ -27,6 +28,23 @@ MAX_ASPECT_RATIO = 16.0
 
 
 @dataclass(frozen=True)
+class Canvas:
+    """How a picture is laid out before it is used: scaled, and placed on a background.
+
+    Attributes:
+        scaled: size that the picture is resized to first.
+        offset: (left, top) where it is placed; negative values cut it.
+        size: of the canvas.
+        fill: background, "black" or "mean" (of the model's normalisation).
+    """
+
+    scaled: Size
+    offset: Size
+    size: Size
+    fill: Literal["black", "mean"] = "black"
+
+
+@dataclass(frozen=True)
 class SlicePlan:
     """The views of one image.
 
@@ -37,7 +55,11 @@ class SlicePlan:
         refine_size: size the original is resized to before cutting, a multiple of `slice_size`.
         slice_size: size of each slice.
         num_slices: ``columns * rows``, 0 if not cut.
-        patch_size: side of a patch in pixels; every view side is a multiple of it.
+        patch_size: side of a patch in pixels; what a view has beyond a multiple of it, at the right
+            and bottom, is not read.
+        overview_first: the overview comes before the slices in reading order, not after them.
+        overview_on: canvas that the overview is resized from, or None: the image itself.
+        slices_on: canvas of `refine_size` that the slices are cut from, or None: the resized image.
     """
 
     image_size: Size
@@ -47,6 +69,9 @@ class SlicePlan:
     slice_size: Size | None = None
     num_slices: int = 0
     patch_size: int = 14
+    overview_first: bool = False
+    overview_on: Canvas | None = None
+    slices_on: Canvas | None = None
 
     @property
     def num_views(self) -> int:
@@ -55,8 +80,10 @@ class SlicePlan:
 
     @property
     def view_sizes(self) -> list[Size]:
-        """Sizes of the views in reading order: slices row by row, the overview last."""
+        """Sizes of the views in reading order: slices row by row, the overview after or before."""
         slices = [self.slice_size] * self.num_slices if self.slice_size else []
+        if self.overview_first:
+            return [self.overview_size, *slices]
         return [*slices, self.overview_size]
 
     @property
@@ -277,37 +304,20 @@ def map_side(counts: Sequence[int]) -> int:
     return side
 
 
-def row_order(columns: int, rows: int, side: int) -> list[int]:
-    """Where each token of the joined map of all slices stands slice after slice.
-
-    The maps of the slices (``side`` x ``side`` tokens each) are joined as the slices lie in the
-    image, and the joined map is read row by row.
-
-    Example: two slices side by side with maps of 2 x 2: ``[0, 1, 4, 5, 2, 3, 6, 7]``.
-    """
-    return [
-        ((row * columns + column) * side + line) * side + place
-        for row in range(rows)
-        for line in range(side)
-        for column in range(columns)
-        for place in range(side)
-    ]
-
-
 def num_schema_tokens(plan: SlicePlan, layout: str = "slices", tokens_per_view: int = 0) -> int:
     """Separators in the text of one image.
 
     Args:
         plan: of the image.
         layout: "slices": one after each slice. "rows": one after each row of the joined token map,
-            and one before the overview.
+            and one before the overview. The other layouts have none.
         tokens_per_view: a square number, for the layout "rows".
 
     Example: a grid of 2 columns and 3 rows of 144 tokens: 6, or ``3 * 12 + 1 = 37`` in rows.
     """
     if layout == "rows" and plan.grid is not None:
         return plan.grid[1] * map_side([tokens_per_view]) + 1
-    return plan.num_slices
+    return plan.num_slices if layout in ("slices", "rows") else 0
 
 
 def num_image_positions(plan: SlicePlan, tokens_per_view: int, layout: str = "slices") -> int:

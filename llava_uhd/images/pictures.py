@@ -59,9 +59,13 @@ def slice_grid_picture(image: Image.Image, plan: SlicePlan) -> Image.Image:
     limit = WIDE_PANEL if wide else TALL_PANEL
     panels = [_original_panel(image, plan, limit)]
     scale = _view_scale(plan, limit)
+    if plan.overview_first:
+        panels.append(_overview_panel(views[0], plan, scale))
     if plan.grid is not None:
-        panels.append(_slices_panel(views[:-1], plan, scale))
-    panels.append(_overview_panel(views[-1], plan, scale))
+        slices = views[1:] if plan.overview_first else views[:-1]
+        panels.append(_slices_panel(slices, plan, scale))
+    if not plan.overview_first:
+        panels.append(_overview_panel(views[-1], plan, scale))
     return _arrange(panels, wide)
 
 
@@ -88,7 +92,10 @@ def _view_scale(plan: SlicePlan, limit: Size) -> float:
 def _original_panel(image: Image.Image, plan: SlicePlan, limit: Size) -> Panel:
     picture = _scaled(image, _fit(image.size, limit))
     detail = "not cut: one view"
-    if plan.grid is not None:
+    if plan.grid is not None and plan.slices_on is not None:
+        columns, rows = plan.grid
+        detail = f"padded to {columns} x {rows} tiles (columns x rows)"
+    elif plan.grid is not None:
         columns, rows = plan.grid
         draw = ImageDraw.Draw(picture)
         for column in range(1, columns):
@@ -110,19 +117,22 @@ def _slices_panel(slices: list[Image.Image], plan: SlicePlan, scale: float) -> P
     sheet = Image.new("RGB", size, BACKGROUND)
     for index, piece in enumerate(pieces):
         row, column = divmod(index, columns)
-        sheet.paste(_numbered(piece, index + 1), (column * (width + GAP), row * (height + GAP)))
-    patches = f"{plan.view_grids[0][1]} x {plan.view_grids[0][0]} patches each"
+        number = index + 1 + int(plan.overview_first)
+        sheet.paste(_numbered(piece, number), (column * (width + GAP), row * (height + GAP)))
+    grid = plan.view_grids[int(plan.overview_first)]
+    patches = f"{grid[1]} x {grid[0]} patches each"
     full = f"cut from {plan.refine_size[0]} x {plan.refine_size[1]}"
     side = f"{plan.slice_size[0]} x {plan.slice_size[1]}"
     return Panel(f"{plan.num_slices} slices of {side}", f"{patches}, {full}", sheet)
 
 
 def _overview_panel(overview: Image.Image, plan: SlicePlan, scale: float) -> Panel:
-    rows, columns = plan.view_grids[-1]
+    rows, columns = plan.view_grids[0 if plan.overview_first else -1]
     title = f"Overview, {overview.width} x {overview.height}"
-    picture = _numbered(_scaled(overview, scale), plan.num_views)
-    last = ", read last" if plan.num_slices else ""
-    return Panel(title, f"{columns} x {rows} patches{last}", picture)
+    number = 1 if plan.overview_first else plan.num_views
+    picture = _numbered(_scaled(overview, scale), number)
+    place = f", read {'first' if plan.overview_first else 'last'}" if plan.num_slices else ""
+    return Panel(title, f"{columns} x {rows} patches{place}", picture)
 
 
 def _framed(picture: Image.Image) -> Image.Image:

@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from llava_uhd.config.model import CLIP_MEAN
 from llava_uhd.errors import UserError
-from llava_uhd.images.geometry import SlicePlan
+from llava_uhd.images.geometry import Canvas, Size, SlicePlan
 
 # Formats that Pillow decodes itself; others (EPS, PDF, ...) would start outside programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "MPO")
@@ -120,23 +121,51 @@ def _scale_to_bytes(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.clip(np.rint(scaled), 0, 255).astype(np.uint8))
 
 
-def cut_views(image: Image.Image, plan: SlicePlan) -> list[Image.Image]:
-    """Resizes and cuts an RGB image into its views: slices row by row, then the overview.
+def cut_views(
+    image: Image.Image, plan: SlicePlan, mean: tuple[float, ...] = CLIP_MEAN
+) -> list[Image.Image]:
+    """Resizes and cuts an RGB image into its views, in the plan's order.
 
-    Slices and overview are resized from the original with Pillow's antialiased bicubic filter on
-    8-bit values, as published.
+    Everything is resized with Pillow's antialiased bicubic filter on 8-bit values, as published.
+
+    Args:
+        image: RGB.
+        plan: of the image.
+        mean: colour in [0, 1] of backgrounds that ask for it.
 
     Raises:
         ValueError: the plan was made for another size.
     """
     if image.size != plan.image_size:
         raise ValueError(f"plan is for {plan.image_size}, the image has {image.size}")
-    views = []
+    slices = []
     if plan.refine_size is not None:
-        refined = image.resize(plan.refine_size, Image.Resampling.BICUBIC)
-        views = [refined.crop(box) for box in plan.crop_boxes]
-    views.append(image.resize(plan.overview_size, Image.Resampling.BICUBIC))
-    return views
+        if plan.slices_on is None:
+            refined = _resized(image, plan.refine_size)
+        else:
+            refined = lay_out(image, plan.slices_on, mean)
+        slices = [refined.crop(box) for box in plan.crop_boxes]
+    whole = image if plan.overview_on is None else lay_out(image, plan.overview_on, mean)
+    overview = _resized(whole, plan.overview_size)
+    return [overview, *slices] if plan.overview_first else [*slices, overview]
+
+
+def _resized(image: Image.Image, size: Size) -> Image.Image:
+    return image.resize(size, Image.Resampling.BICUBIC)
+
+
+def lay_out(image: Image.Image, canvas: Canvas, mean: tuple[float, ...]) -> Image.Image:
+    """Scales an RGB image and places it on a background.
+
+    Args:
+        image: RGB.
+        canvas: where.
+        mean: colour in [0, 1] of the fill "mean"; its 8-bit values are rounded down, as published.
+    """
+    colour = tuple(int(255 * value) for value in mean) if canvas.fill == "mean" else (0, 0, 0)
+    background = Image.new("RGB", canvas.size, colour)
+    background.paste(_resized(image, canvas.scaled), canvas.offset)
+    return background
 
 
 def pack_patches(
@@ -155,6 +184,7 @@ def _cut_patches(view: Image.Image, patch_size: int) -> np.ndarray:
     pixels = np.asarray(view)
     height, width, channels = pixels.shape
     rows, columns = height // patch_size, width // patch_size
+    pixels = pixels[: rows * patch_size, : columns * patch_size]
     tiles = pixels.reshape(rows, patch_size, columns, patch_size, channels)
     tiles = tiles.transpose(0, 2, 4, 1, 3)  # (rows, columns, 3, p, p)
     return tiles.reshape(rows * columns, channels, -1)
@@ -180,7 +210,7 @@ def pack_views(
         ``pixel_values`` float32 (P, 3 * patch_size ** 2), patches of all views one after another;
         ``view_grids`` int64 (V, 2), the (rows, columns) of each view; P is the sum of the products.
     """
-    patches = [_cut_patches(view, plan.patch_size) for view in cut_views(image, plan)]
+    patches = [_cut_patches(view, plan.patch_size) for view in cut_views(image, plan, mean)]
     grids = torch.tensor(plan.view_grids, dtype=torch.long)
     return _normalise(np.concatenate(patches), mean, std), grids
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -24,7 +25,14 @@ def decode(language_model: PreTrainedModel, **inputs: Any) -> BaseModelOutputWit
     Returns:
         The decoder's output; ``last_hidden_state`` is (B, T, D).
     """
-    return language_model.get_decoder()(**inputs)
+    decoder = language_model.get_decoder()
+    # Generation of transformers 5.24 and newer calls it "cache", and so do most decoders there.
+    renamed = inputs.pop("cache", None)
+    past = inputs.pop("past_key_values", None)
+    name = (
+        "cache" if "cache" in inspect.signature(decoder.forward).parameters else "past_key_values"
+    )
+    return decoder(**inputs, **{name: renamed if past is None else past})
 
 
 def supervised_loss(

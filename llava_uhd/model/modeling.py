@@ -13,15 +13,18 @@ from transformers import (
     GenerationMixin,
     PreTrainedModel,
 )
+from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from llava_uhd.config.model import LlavaUHDConfig
+from llava_uhd.images.maps import Newline, uses_maps, whole_map
+from llava_uhd.images.tokens import view_token_shapes
 from llava_uhd.language.decoder import decode, logits_at, supervised_loss
 from llava_uhd.model.generation import VocabularyLogitsProcessors, tidy_generation_config
 from llava_uhd.model.packing import (
+    merge_views,
     placeholder_mask,
     repeat_rows,
-    sequence_order,
     write_features,
 )
 from llava_uhd.projectors import build_projector
@@ -37,6 +40,7 @@ class LlavaUHDForConditionalGeneration(PreTrainedModel, GenerationMixin):
     Attributes:
         vision_tower: `VisionTower`.
         projector: the registered projector of ``config.projector``.
+        image_newline: (D,) learned newline of the layout "unpad", else None.
         language_model: built by ``AutoModelForCausalLM`` from ``config.text_config``.
     """
 
@@ -61,6 +65,9 @@ class LlavaUHDForConditionalGeneration(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.vision_tower = VisionTower(config.vision_config, config.select_layer)
         self.projector = build_projector(config)
+        self.image_newline = (
+            nn.Parameter(torch.empty(config.hidden_size)) if config.has_newline else None
+        )
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
         self.post_init()
 
@@ -69,6 +76,11 @@ class LlavaUHDForConditionalGeneration(PreTrainedModel, GenerationMixin):
         reset = getattr(module, "reset_weights", None)
         if callable(reset):
             reset()
+
+    def reset_weights(self) -> None:
+        """Published initial values of the parameter held directly by the model."""
+        if self.image_newline is not None:
+            init.normal_(self.image_newline, std=self.config.hidden_size**-0.5)
 
     def get_input_embeddings(self) -> nn.Module:
         """The language model's embedding table."""
@@ -94,32 +106,40 @@ class LlavaUHDForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self,
         pixel_values: torch.Tensor,
         view_grids: torch.Tensor,
-        image_grids: torch.Tensor | None = None,
+        token_maps: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Encodes and projects packed views.
 
         Args:
             pixel_values: (P, 3 * p * p) packed patches.
             view_grids: (V, 2) integer (rows, columns).
-            image_grids: (I, 2) integer (columns, rows) of each image's slices, (0, 0) unsliced:
-                needed in the layout "rows".
+            token_maps: (M, 10) integer, how the views' tokens become those of the sequence (the
+                fields of `llava_uhd.images.maps.TokenMap`): needed where they are joined, pooled
+                or have learned newlines.
 
         Returns:
-            (N, D) tokens of all images, in the order of the sequence.
+            (N, D) tokens of all images and videos, in the order of the sequence.
 
         Raises:
-            ValueError: ``image_grids`` are missing, or belong to other views.
+            ValueError: ``token_maps`` are missing, or belong to other views.
         """
         features = self.vision_tower(pixel_values, view_grids)  # (P, C)
         tokens = self.projector(features, view_grids, pixel_values)
-        if self.config.image.layout != "rows":
+        if not uses_maps(self.config.image, self.config.video):
             return tokens
-        if image_grids is None:
+        if token_maps is None:
             raise ValueError(
-                "image.layout 'rows' needs image_grids: pass all the processor returned"
+                f"image.layout '{self.config.image.layout}' needs token_maps: pass all the "
+                "processor returned"
             )
-        order = sequence_order(image_grids, view_grids.shape[0], tokens.shape[0])
-        return tokens if order is None else tokens[order.to(tokens.device)]
+        grids = [(int(rows), int(columns)) for rows, columns in view_grids.tolist()]
+        shapes = view_token_shapes(self.config.projector, grids)
+        newline = self.image_newline
+        merged = merge_views(tokens, shapes, token_maps, newline)
+        if newline is not None and self.training:
+            # Part of the graph in every step, also where no map of the batch has a newline.
+            merged = merged + newline.sum() * 0.0
+        return merged
 
     def _vision_anchor(self) -> torch.Tensor:
         """Zero, connected to every tower and projector parameter, at the cost of four patches.
@@ -130,9 +150,10 @@ class LlavaUHDForConditionalGeneration(PreTrainedModel, GenerationMixin):
         patch = self.config.vision_config.patch_size
         # An upsampler needs maps of at least 2 x 2.
         pixels = torch.zeros(4, 3 * patch * patch, device=self.device)
-        one_view, unsliced = torch.tensor([[2, 2]]), torch.tensor([[0, 0]])
-        tokens = self.get_image_features(pixels, one_view, unsliced)
-        return tokens.sum() * 0.0
+        (shape,) = view_token_shapes(self.config.projector, [(2, 2)])
+        end = Newline.END if self.image_newline is not None else Newline.NONE
+        one_view, one_map = torch.tensor([[2, 2]]), torch.tensor([whole_map(shape, newline=end)])
+        return self.get_image_features(pixels, one_view, one_map).sum() * 0.0
 
     def embed(
         self,
@@ -140,7 +161,7 @@ class LlavaUHDForConditionalGeneration(PreTrainedModel, GenerationMixin):
         pixel_values: torch.Tensor | None = None,
         view_grids: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
-        image_grids: torch.Tensor | None = None,
+        token_maps: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Embeds tokens and writes image tokens over the placeholders.
 
@@ -149,7 +170,7 @@ class LlavaUHDForConditionalGeneration(PreTrainedModel, GenerationMixin):
             pixel_values: (P, 3 * p * p), with ``view_grids`` (V, 2); or
             view_grids: see ``pixel_values``.
             image_features: (N, D) tokens that `get_image_features` gave before.
-            image_grids: see `get_image_features`.
+            token_maps: see `get_image_features`.
 
         Returns:
             (B, T, D).
@@ -162,7 +183,7 @@ class LlavaUHDForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if image_features is None and pixel_values is not None:
             if view_grids is None:
                 raise ValueError("pixel_values need view_grids: pass all the processor returned")
-            image_features = self.get_image_features(pixel_values, view_grids, image_grids)
+            image_features = self.get_image_features(pixel_values, view_grids, token_maps)
         if image_features is not None:
             return write_features(embeddings, mask, image_features.to(embeddings.device))
         # A decoding step holds one generated token, never a placeholder.
@@ -184,7 +205,7 @@ class LlavaUHDForConditionalGeneration(PreTrainedModel, GenerationMixin):
         inputs_embeds: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         view_grids: torch.Tensor | None = None,
-        image_grids: torch.Tensor | None = None,
+        token_maps: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
@@ -202,7 +223,7 @@ class LlavaUHDForConditionalGeneration(PreTrainedModel, GenerationMixin):
             inputs_embeds: instead of ``input_ids``.
             pixel_values: (P, 3 * p * p) packed patches of all images of the batch, row by row.
             view_grids: (V, 2) integer (rows, columns) of the views.
-            image_grids: see `get_image_features`.
+            token_maps: see `get_image_features`.
             image_features: (N, D) instead of ``pixel_values``.
             labels: (B, T), -100 where nothing is learned; not shifted.
             logits_to_keep: last positions with logits, 0: all. None: all, or none with labels.
@@ -216,7 +237,7 @@ class LlavaUHDForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if (input_ids is None) == (inputs_embeds is None) or (input_ids is None and pictured):
             raise ValueError("pass either input_ids (with their images) or inputs_embeds (alone)")
         if input_ids is not None:
-            images = (pixel_values, view_grids, image_features, image_grids)
+            images = (pixel_values, view_grids, image_features, token_maps)
             inputs_embeds = self.embed(input_ids, *images)
         outputs = decode(
             self.language_model,
@@ -258,7 +279,7 @@ class LlavaUHDForConditionalGeneration(PreTrainedModel, GenerationMixin):
         pixel_values: torch.Tensor | None = None,
         view_grids: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
-        image_grids: torch.Tensor | None = None,
+        token_maps: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """The library's ``generate``; images are encoded once, whatever the number of beams.
@@ -268,7 +289,7 @@ class LlavaUHDForConditionalGeneration(PreTrainedModel, GenerationMixin):
             pixel_values: see `forward`.
             view_grids: see `forward`.
             image_features: see `forward`.
-            image_grids: see `get_image_features`.
+            token_maps: see `get_image_features`.
             **kwargs: of ``transformers.GenerationMixin.generate``.
 
         Returns:
@@ -278,7 +299,7 @@ class LlavaUHDForConditionalGeneration(PreTrainedModel, GenerationMixin):
             if view_grids is None:
                 raise ValueError("pixel_values need view_grids: pass all the processor returned")
             image_features = self.get_image_features(
-                pixel_values.to(self.device), view_grids, image_grids
+                pixel_values.to(self.device), view_grids, token_maps
             )
         if image_features is not None:
             kwargs["image_features"] = image_features

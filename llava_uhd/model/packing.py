@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Sequence
+from itertools import groupby
 
 import torch
+from torch.nn import functional as F
 
-from llava_uhd.images.geometry import map_side, row_order
+from llava_uhd.images.maps import Newline, TokenMap
 
 
 def placeholder_mask(input_ids: torch.Tensor, image_token_id: int | None) -> torch.Tensor:
@@ -43,46 +45,76 @@ def write_features(
     return embeddings.masked_scatter(mask.unsqueeze(-1), features.to(embeddings.dtype))
 
 
-@lru_cache(maxsize=256)
-def _image_order(columns: int, rows: int, tokens_per_view: int) -> torch.Tensor:
-    """int64 (N,): order of one image's tokens in the layout "rows", overview included."""
-    slices = row_order(columns, rows, map_side([tokens_per_view]))
-    return torch.tensor([*slices, *range(len(slices), len(slices) + tokens_per_view)])
-
-
-def sequence_order(
-    image_grids: torch.Tensor, num_views: int, num_tokens: int
-) -> torch.Tensor | None:
-    """Order in which the sequence of the layout "rows" takes the tokens of a projector.
+def merge_views(
+    tokens: torch.Tensor,
+    shapes: Sequence[tuple[int, int]],
+    token_maps: torch.Tensor,
+    newline: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Carries out `TokenMap` rows: joins, cuts, resamples, and adds learned newlines.
 
     Args:
-        image_grids: (I, 2) integer (columns, rows) of each image's slices, (0, 0) unsliced.
-        num_views: views of all images, slices and overviews.
-        num_tokens: tokens of all views, as many for each.
+        tokens: (N, D) of all views, one after another, each row by row.
+        shapes: (rows, columns) of tokens of each view.
+        token_maps: (M, 10) integer, the fields of `TokenMap`.
+        newline: (D,), where a map has newlines.
 
     Returns:
-        int64 (num_tokens,) on the CPU: position in the sequence -> token of the projector. None
-        where no image is sliced: the tokens stay as they are.
+        (K, D) tokens in the order of the sequence.
 
     Raises:
-        ValueError: the grids belong to another number of views.
-        UserError: the tokens of a view form no square map.
+        ValueError: the maps belong to other views.
     """
-    grids = [(columns, rows) for columns, rows in image_grids.tolist()]
-    wanted = sum(columns * rows + 1 for columns, rows in grids)
-    if wanted != num_views:
+    maps = [TokenMap(*row) for row in token_maps.tolist()]
+    wanted = sum(each.columns * each.rows for each in maps)
+    if wanted != len(shapes):
         raise ValueError(
-            f"image_grids {grids} mean {wanted} views, but view_grids has {num_views}: pass all "
-            "the processor returned"
+            f"token_maps mean {wanted} views, but view_grids has {len(shapes)}: pass all the "
+            "processor returned"
         )
-    if not any(columns for columns, _ in grids):
-        return None
-    tokens = num_tokens // num_views
-    order, start = [], 0
-    for columns, rows in grids:
-        order.append(_image_order(columns, rows, tokens) + start)
-        start += (columns * rows + 1) * tokens
-    return torch.cat(order)
+    views = tokens.split([rows * columns for rows, columns in shapes])
+    pieces, start = [], 0
+    # Equal neighbours, the frames of a video for instance, are made together.
+    for each, run in groupby(maps):
+        count = len(list(run))
+        stop = start + count * each.columns * each.rows
+        if len(set(shapes[start:stop])) > 1:
+            raise ValueError(f"token_maps join views of different shapes: {shapes[start:stop]}")
+        stacked = torch.stack(views[start:stop]).unflatten(1, shapes[start])  # (n, h, w, D)
+        pieces.append(_merge(stacked, each, newline))
+        start = stop
+    return torch.cat(pieces)
+
+
+def _merge(views: torch.Tensor, wanted: TokenMap, newline: torch.Tensor | None) -> torch.Tensor:
+    """Views (n * rows * columns, h, w, D) of n equal maps to tokens (K, D)."""
+    maps = views.unflatten(0, (-1, wanted.rows, wanted.columns)).transpose(2, 3)
+    maps = maps.flatten(3, 4).flatten(1, 2)  # (n, rows * h, columns * w, D)
+    maps = maps.narrow(1, wanted.top, wanted.height).narrow(2, wanted.left, wanted.width)
+    size = (wanted.out_height, wanted.out_width)
+    if maps.shape[1:3] != size and 0 not in size:
+        maps = _resampled(maps.permute(0, 3, 1, 2), size, wanted.pool).permute(0, 2, 3, 1)
+    if wanted.newline == Newline.NONE:
+        return maps.reshape(-1, maps.shape[-1])
+    if newline is None:
+        raise ValueError("token_maps have learned newlines, but the model has none")
+    newline = newline.to(maps.dtype)
+    if wanted.newline == Newline.ROWS:
+        column = newline.expand(*maps.shape[:2], 1, -1)
+        return torch.cat([maps, column], dim=2).flatten(0, 2)
+    rows = maps.flatten(1, 2)  # (n, tokens, D)
+    return torch.cat([rows, newline.expand(rows.shape[0], 1, -1)], dim=1).flatten(0, 1)
+
+
+def _resampled(maps: torch.Tensor, size: tuple[int, int], pool: int) -> torch.Tensor:
+    """(n, D, h, w) to (n, D, *size); see `TokenMap.pool`."""
+    if pool > 0:
+        stride = (min(pool, maps.shape[2]), min(pool, maps.shape[3]))
+        return F.avg_pool2d(maps, stride)
+    if pool < 0:
+        stride = (min(-pool, maps.shape[2]), min(-pool, maps.shape[3]))
+        return F.max_pool2d(maps, stride)
+    return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
 
 
 def repeat_rows(features: torch.Tensor, mask: torch.Tensor, times: int) -> torch.Tensor:

@@ -4,6 +4,7 @@ from torch import nn
 
 from llava_uhd.config.model import LlavaUHDConfig
 from llava_uhd.projectors import hiwin as hiwin
+from llava_uhd.projectors import mlp as mlp
 from llava_uhd.projectors import resampler as resampler
 from llava_uhd.projectors.registry import PROJECTORS
 

@@ -80,8 +80,8 @@ class HiwinWeights(nn.Module):
         options, width = config.projector, config.hidden_size
         kv_width = config.vision_config.hidden_size
         num_heads = attention_heads(config)
-        num_queries = fixed_queries(options, 1, 1)
-        self.grid_size = isqrt(num_queries)
+        side, _ = fixed_queries(options, 1, 1)
+        self.grid_size, num_queries = side, side * side
         self.scales = tuple(options.scales)
         self.round_boxes = options.round_boxes
         self.initializer_range = options.initializer_range

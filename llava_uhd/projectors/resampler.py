@@ -6,8 +6,6 @@ Parameter names, norm epsilon and window arithmetic are those of the published c
 
 from __future__ import annotations
 
-from math import isqrt
-
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -212,8 +210,8 @@ class SpatialResampler(nn.Module):
         options, width = config.projector, config.hidden_size
         kv_width = config.vision_config.hidden_size
         num_heads = attention_heads(config)
-        num_queries = fixed_queries(options, 1, 1)
-        self.grid_size = isqrt(num_queries)
+        side, _ = fixed_queries(options, 1, 1)
+        self.grid_size, num_queries = side, side * side
         eps = options.layer_norm_eps
         self.pos_embed = nn.Parameter(torch.empty(num_queries, width))
         self.query = nn.Parameter(torch.empty(num_queries, width))

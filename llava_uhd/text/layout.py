@@ -2,7 +2,8 @@
 
 Layout "slices": slices in reading order, each followed by its separator (a comma inside a row, a
 newline at its end), then the overview. Layout "rows": the token maps of the slices joined into one
-map, a newline after each of its rows, one more separator, then the overview.
+map, a newline after each of its rows, one more separator, then the overview. In the other layouts
+nothing but placeholders stands for an image.
 
 Separators are ordinary vocabulary tokens, so the whole layout is part of ``input_ids`` and the
 model only overwrites the placeholders.
@@ -10,11 +11,14 @@ model only overwrites the placeholders.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from transformers import PreTrainedTokenizerBase
 
 from llava_uhd.config.model import ImageConfig
 from llava_uhd.errors import UserError
-from llava_uhd.images.geometry import SlicePlan, map_side
+from llava_uhd.images.geometry import SlicePlan
+from llava_uhd.images.maps import TokenMap
 
 
 def single_token_id(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
@@ -35,35 +39,33 @@ def single_token_id(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
     return int(whole[-1])
 
 
-def image_ids(plan: SlicePlan, counts: list[int], config: ImageConfig) -> list[int]:
+def image_ids(plan: SlicePlan, maps: Sequence[TokenMap], config: ImageConfig) -> list[int]:
     """Token ids that stand for one image.
 
     Args:
         plan: of the image.
-        counts: tokens of each view, slices first, the overview last.
+        maps: of the image, from `llava_uhd.images.maps.image_maps`.
         config: placeholder and separator ids.
 
     Returns:
         Example: a 2 x 1 grid of 144-token views gives 144 placeholders, a comma, 144 placeholders,
         a newline, 144 placeholders: 434 ids. In the layout "rows": 12 times 24 placeholders and a
         newline, a comma, 144 placeholders: 445 ids.
-
-    Raises:
-        UserError: the layout is "rows" and the views have no square number of tokens.
     """
     placeholder, comma, newline = config.image_token_id, config.comma_id, config.newline_id
     if placeholder is None or comma is None or newline is None:
         raise ValueError("image.image_token_id, comma_id and newline_id must be set")
-    columns, rows = plan.grid or (1, 0)
-    if config.layout == "rows":
-        side = map_side(counts)
-        joined = ([placeholder] * (columns * side) + [newline]) * (rows * side)
+    columns = plan.grid[0] if plan.grid else 1
+    if config.layout == "rows" and plan.grid is not None:
+        slices, overview = reversed(maps) if plan.overview_first else maps
+        joined = ([placeholder] * slices.out_width + [newline]) * slices.out_height
         # As published, the overview is divided off by the separator that a first slice would have.
-        divider = [newline if columns == 1 else comma] if rows else []
-        return joined + divider + [placeholder] * counts[-1]
+        divider = [newline if columns == 1 else comma]
+        whole = [placeholder] * overview.tokens
+        return whole + divider + joined if plan.overview_first else joined + divider + whole
     ids: list[int] = []
-    for index, count in enumerate(counts):
-        ids += [placeholder] * count
-        if index < plan.num_slices:
+    for index, each in enumerate(maps, start=-int(plan.overview_first)):
+        ids += [placeholder] * each.tokens
+        if config.layout == "slices" and 0 <= index < plan.num_slices:
             ids.append(newline if (index + 1) % columns == 0 else comma)
     return ids

@@ -4,37 +4,38 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+from PIL import Image
 from transformers import AutoProcessor, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
-from llava_uhd.config.model import ImageConfig, LlavaUHDConfig, ProjectorConfig, make_part
+from llava_uhd.config.model import (
+    ImageConfig,
+    LlavaUHDConfig,
+    ProjectorConfig,
+    VideoConfig,
+    make_part,
+)
 from llava_uhd.errors import UserError
-from llava_uhd.images.geometry import SlicePlan, map_side, num_schema_tokens
-from llava_uhd.images.pixels import ImageSource, open_image, pack_views, remove_detail
-from llava_uhd.images.strategies import plan_image, prepared_size
+from llava_uhd.images.geometry import SlicePlan, map_side
+from llava_uhd.images.maps import uses_maps
+from llava_uhd.images.pixels import ImageSource
+from llava_uhd.images.strategies import plan_image
 from llava_uhd.images.tokens import view_token_counts
+from llava_uhd.images.video import Video, VideoSource
 from llava_uhd.text.encoding import IGNORE_INDEX, Encoding, encode_spans
 from llava_uhd.text.faithful import encode_turns
-from llava_uhd.text.layout import image_ids, single_token_id
-from llava_uhd.text.templates import IMAGE_MARKER, TEMPLATES, Span, Template, Turn
-
-
-class EncodedImage(NamedTuple):
-    """One image as the model reads it.
-
-    Attributes:
-        ids: in the text, placeholders and separators.
-        pixel_values: float32 (P, 3 * p * p) packed patches.
-        view_grids: int64 (V, 2) (rows, columns) of the views.
-        grid: (columns, rows) of the slices, (0, 0) unsliced.
-    """
-
-    ids: list[int]
-    pixel_values: torch.Tensor
-    view_grids: torch.Tensor
-    grid: tuple[int, int]
+from llava_uhd.text.layout import single_token_id
+from llava_uhd.text.templates import (
+    IMAGE_MARKER,
+    TEMPLATES,
+    VIDEO_MARKER,
+    Span,
+    Template,
+    Turn,
+)
+from llava_uhd.text.visuals import EncodedVisual, VisualEncoder, vision_inputs
 
 
 class LlavaUHDProcessor(ProcessorMixin):
@@ -44,6 +45,7 @@ class LlavaUHDProcessor(ProcessorMixin):
         tokenizer: a fast tokenizer.
         image_config: `ImageConfig` or dict, with the ids of placeholder and separators.
         projector_config: `ProjectorConfig` or dict; it decides how many tokens a view has.
+        video_config: `VideoConfig` or dict.
         template_name: registered conversation template.
         template_mode: which labels `encode_conversation` makes: see `faithful.encode_turns`.
         chat_template: Jinja source; None takes the template's own.
@@ -63,6 +65,7 @@ class LlavaUHDProcessor(ProcessorMixin):
         template_name: str = "v1",
         chat_template: str | None = None,
         template_mode: str = "clean",
+        video_config: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         if not tokenizer.is_fast:
@@ -70,6 +73,8 @@ class LlavaUHDProcessor(ProcessorMixin):
         # Plain dicts, because the library writes these attributes to processor_config.json.
         self._image = make_part(ImageConfig, image_config, "image_config")
         self._projector = make_part(ProjectorConfig, projector_config, "projector_config")
+        self._video = make_part(VideoConfig, video_config, "video_config")
+        self._visuals = VisualEncoder(self._image, self._video, self._projector)
         if self._image.layout == "rows":
             # Found before the first image: two views of different shape must have as many tokens.
             map_side(view_token_counts(self._projector, [(4, 5), (3, 7)]))
@@ -107,6 +112,7 @@ class LlavaUHDProcessor(ProcessorMixin):
             dataclasses.asdict(image),
             dataclasses.asdict(config.projector),
             config.template,
+            video_config=dataclasses.asdict(config.video),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -114,6 +120,7 @@ class LlavaUHDProcessor(ProcessorMixin):
         values = super().to_dict()
         values["image_config"] = dataclasses.asdict(self._image)
         values["projector_config"] = dataclasses.asdict(self._projector)
+        values["video_config"] = dataclasses.asdict(self._video)
         return values
 
     @property
@@ -125,6 +132,11 @@ class LlavaUHDProcessor(ProcessorMixin):
     def projector_config(self) -> ProjectorConfig:
         """How views become tokens."""
         return self._projector
+
+    @property
+    def video_config(self) -> VideoConfig:
+        """How videos are read."""
+        return self._video
 
     @property
     def template(self) -> Template:
@@ -140,56 +152,30 @@ class LlavaUHDProcessor(ProcessorMixin):
     def model_input_names(self) -> list[str]:
         """Keys that `__call__` may return."""
         names = ["input_ids", "attention_mask", "pixel_values", "view_grids"]
-        return [*names, "image_grids"] if self._image.layout == "rows" else names
+        return [*names, "token_maps"] if self._with_maps else names
 
-    def plan(self, width: int, height: int, overview_only: bool = False) -> SlicePlan:
-        """Plan of the views of an image of this size."""
-        return plan_image(self._image, width, height, overview_only)
+    @property
+    def _with_maps(self) -> bool:
+        return uses_maps(self._image, self._video)
 
-    def num_image_tokens(self, width: int, height: int, overview_only: bool = False) -> int:
+    def plan(
+        self, width: int, height: int, overview_only: bool = False, several: bool = False
+    ) -> SlicePlan:
+        """Plan of the views of an image of this size; ``several``: it is not the only one."""
+        return plan_image(self._image, width, height, overview_only, several)
+
+    def num_image_tokens(
+        self, width: int, height: int, overview_only: bool = False, several: bool = False
+    ) -> int:
         """Positions one image takes in the sequence, separators included.
 
         Example: 144 queries, 672 x 1008: 1014.
         """
-        plan = self.plan(width, height, overview_only)
-        counts = view_token_counts(self._projector, plan.view_grids)
-        return sum(counts) + num_schema_tokens(plan, self._image.layout, counts[0])
+        return len(self._visuals.image_ids(width, height, overview_only, several))
 
-    def encode_images(
-        self, images: Sequence[ImageSource], overview_only: bool = False
-    ) -> list[EncodedImage]:
-        """Plans, cuts and packs images, each on its own."""
-        encoded = []
-        for source in images:
-            if isinstance(source, str) and source.startswith(("http://", "https://")):
-                raise UserError(
-                    f"the processor does not fetch {source}: download it, pass the file"
-                )
-            image = open_image(source)
-            size = prepared_size(self._image, *image.size)
-            if size != image.size:
-                image = image.resize(size, resample=3)  # Pillow's bicubic filter
-            if self._image.detail_side is not None:
-                image = remove_detail(image, self._image.detail_side)
-            unprepared = dataclasses.replace(self._image, long_side=None)
-            plan = plan_image(unprepared, *size, overview_only)
-            counts = view_token_counts(self._projector, plan.view_grids)
-            ids = image_ids(plan, counts, self._image)
-            pixels, view_grids = pack_views(image, plan, *self._image.normalisation)
-            encoded.append(EncodedImage(ids, pixels, view_grids, plan.grid or (0, 0)))
-        return encoded
-
-    def _vision_inputs(self, images: Sequence[EncodedImage]) -> dict[str, torch.Tensor]:
-        """What the model reads of images, one after another; empty without an image."""
-        if not images:
-            return {}
-        inputs = {
-            "pixel_values": torch.cat([image.pixel_values for image in images]),
-            "view_grids": torch.cat([image.view_grids for image in images]),
-        }
-        if self._image.layout == "rows":
-            inputs["image_grids"] = torch.tensor([image.grid for image in images])
-        return inputs
+    def num_video_tokens(self, frames: int, width: int, height: int) -> int:
+        """Positions a video of so many frames of this size takes in the sequence."""
+        return len(self._visuals.video_ids(frames, width, height))
 
     def __call__(
         self,
@@ -203,12 +189,14 @@ class LlavaUHDProcessor(ProcessorMixin):
         overview_only: bool = False,
         **kwargs: Any,
     ) -> BatchFeature:
-        """Prompts with images to the inputs of ``generate``.
+        """Prompts with images and videos to the inputs of ``generate``.
 
         Args:
-            text: one prompt or several; each ``<image>`` takes the next image.
+            text: one prompt or several; each ``<image>`` takes the next image, each ``<video>`` the
+                next video.
             images: paths or PIL images in reading order, flat or one list per prompt.
-            videos: not supported by this model.
+            videos: the same for ``<video>``: files, folders of frames, or lists of PIL images (then
+                one list of videos per prompt is needed).
             return_tensors: "pt", or None for lists of ids.
             padding: pad several prompts to the longest.
             padding_side: "left" (generation) or "right".
@@ -218,51 +206,34 @@ class LlavaUHDProcessor(ProcessorMixin):
 
         Returns:
             ``input_ids`` and ``attention_mask`` int64 (B, T); with images also ``pixel_values``
-            float32 (P, 3 * p * p) and ``view_grids`` int64 (V, 2); in the layout "rows" also
-            ``image_grids`` int64 (I, 2): (columns, rows) of each image's slices, (0, 0) unsliced.
+            float32 (P, 3 * p * p) and ``view_grids`` int64 (V, 2), and ``token_maps`` int64 (M, 10)
+            where the model joins or pools views.
 
         Raises:
             UserError: markers and images differ in number, or an image cannot be read.
         """
         if text is None or text == []:
             raise UserError("the processor needs text; an image alone is the text '<image>'")
-        if videos:
-            raise UserError("this model reads images only, not videos: pass frames as images")
         texts = [text] if isinstance(text, str) else list(text)
-        per_text = self._share_images(texts, images)
+        given = _share(texts, IMAGE_MARKER, images)
+        clips = _share(texts, VIDEO_MARKER, _one_video(videos))
         encodings = []
-        pictures: list[EncodedImage] = []
-        for one, members in zip(texts, per_text, strict=True):
-            found = self.encode_images(members, overview_only)
-            encoding = encode_spans(self.tokenizer, [Span(one)], [image.ids for image in found])
+        visuals: list[EncodedVisual] = []
+        for one, pictures, films in zip(texts, given, clips, strict=True):
+            if VIDEO_MARKER in one and not films:
+                raise UserError(f"the text has a {VIDEO_MARKER} but no video is given")
+            found = self._visuals.encode_all(one, pictures, films, overview_only)
+            marked = [Span(_as_images(one, films))]
+            encoding = encode_spans(self.tokenizer, marked, [each.ids for each in found])
             if not add_special_tokens and encoding.input_ids[:1] == [self.tokenizer.bos_token_id]:
                 encoding.input_ids = encoding.input_ids[1:]
             encodings.append(encoding)
-            pictures += found
-        data = self._pad(encodings, padding, padding_side) | self._vision_inputs(pictures)
+            visuals += found
+        data = self._pad(encodings, padding, padding_side)
+        data |= vision_inputs(visuals, self._with_maps)
         if return_tensors is None:
             return BatchFeature(data)
         return BatchFeature(data, tensor_type=return_tensors)
-
-    def _share_images(self, texts: list[str], images: Any) -> list[list[ImageSource]]:
-        """Images of each text, from a flat or a nested list."""
-        counts = [text.count(IMAGE_MARKER) for text in texts]
-        if images is None:
-            images = []
-        elif not isinstance(images, list | tuple):
-            images = [images]
-        if images and all(isinstance(item, list | tuple) for item in images):
-            nested = [list(item) for item in images]
-            if len(nested) != len(texts):
-                raise UserError(f"{len(texts)} texts but {len(nested)} lists of images")
-        else:
-            if sum(counts) != len(images):
-                raise UserError(
-                    f"the text has {sum(counts)} {IMAGE_MARKER} but {len(images)} images are given"
-                )
-            remaining = iter(images)
-            nested = [[next(remaining) for _ in range(count)] for count in counts]
-        return nested
 
     def _pad(self, encodings: list[Encoding], padding: bool, padding_side: str) -> dict[str, Any]:
         rows = [encoding.input_ids for encoding in encodings]
@@ -282,6 +253,7 @@ class LlavaUHDProcessor(ProcessorMixin):
         self,
         turns: Sequence[Turn],
         images: Sequence[ImageSource] = (),
+        videos: Sequence[VideoSource] = (),
         *,
         overview_only: bool = False,
         max_length: int | None = None,
@@ -292,41 +264,88 @@ class LlavaUHDProcessor(ProcessorMixin):
         Args:
             turns: see `Template.spans`.
             images: one for each ``<image>`` of the turns, in order.
+            videos: one for each ``<video>`` of the turns, in order.
             overview_only: no slices.
             max_length: most tokens, images included.
             overlong: see `Encoding.cut`.
 
         Returns:
-            ``input_ids`` and ``labels`` int64 (T,), with images ``pixel_values``, ``view_grids``
-            and, in the layout "rows", ``image_grids``; ``num_visual_tokens``, ``dropped_images``,
-            ``truncated_tokens`` ints.
+            ``input_ids`` and ``labels`` int64 (T,), with images or videos ``pixel_values``,
+            ``view_grids`` and, where the model needs them, ``token_maps``; ``num_visual_tokens``,
+            ``dropped_images``, ``truncated_tokens`` ints.
 
         Raises:
             UserError: turns, markers or length do not fit.
         """
         if overlong not in ("error", "drop"):
             raise UserError(f"data.overlong must be 'error' or 'drop', got {overlong!r}")
-        pictures = self.encode_images(images, overview_only)
+        text = "".join(turn.text for turn in turns)
+        visuals = self._visuals.encode_all(text, images, videos, overview_only)
         encoding = encode_turns(
             self.template_name,
             self.template_mode,
             self.tokenizer,
-            turns,
-            [image.ids for image in pictures],
+            [Turn(turn.role, _as_images(turn.text, videos)) for turn in turns],
+            [each.ids for each in visuals],
         )
         truncated = dropped = 0
         if max_length is not None:
             truncated, dropped = encoding.cut(max_length, overlong)
-        pictures = pictures[: len(encoding.runs)]
-        placeholder = int(self._image.image_token_id or 0)
+        visuals = visuals[: len(encoding.runs)]
         sample: dict[str, Any] = {
             "input_ids": torch.tensor(encoding.input_ids, dtype=torch.long),
             "labels": torch.tensor(encoding.labels, dtype=torch.long),
-            "num_visual_tokens": sum(image.ids.count(placeholder) for image in pictures),
+            "num_visual_tokens": sum(each.num_tokens for each in visuals),
             "dropped_images": dropped,
             "truncated_tokens": truncated,
         }
-        return sample | self._vision_inputs(pictures)
+        return sample | vision_inputs(visuals, self._with_maps)
+
+
+def _as_images(text: str, videos: Sequence[Any]) -> str:
+    """The text with one kind of marker: from here on a video is a visual like an image."""
+    return text.replace(VIDEO_MARKER, IMAGE_MARKER) if videos else text
+
+
+def _one_video(videos: Any) -> Any:
+    """A single video, or a list of PIL frames, as a list of one video."""
+    if isinstance(videos, Video):
+        return [videos]
+    if isinstance(videos, list | tuple) and videos and isinstance(videos[0], Image.Image):
+        return [list(videos)]
+    return videos
+
+
+def _share(texts: list[str], marker: str, given: Any) -> list[list[Any]]:
+    """Images or videos of each text, from a flat or a nested list.
+
+    Raises:
+        UserError: the numbers do not fit.
+    """
+    kind = "images" if marker == IMAGE_MARKER else "videos"
+    counts = [text.count(marker) for text in texts]
+    if given is None:
+        if kind == "videos":
+            return [[] for _ in texts]
+        given = []
+    elif isinstance(given, Video) or not isinstance(given, list | tuple):
+        given = [given]
+    if given and all(_is_list(item, kind) for item in given):
+        nested = [list(item) for item in given]
+        if len(nested) != len(texts):
+            raise UserError(f"{len(texts)} texts but {len(nested)} lists of {kind}")
+        return nested
+    if sum(counts) != len(given):
+        raise UserError(f"the text has {sum(counts)} {marker} but {len(given)} {kind} are given")
+    remaining = iter(given)
+    return [[next(remaining) for _ in range(count)] for count in counts]
+
+
+def _is_list(item: Any, kind: str) -> bool:
+    """Whether an item is the list of one text, and not itself a video of frames."""
+    if not isinstance(item, list | tuple) or isinstance(item, Video):
+        return False
+    return not (kind == "videos" and item and isinstance(item[0], Image.Image))
 
 
 AutoProcessor.register(LlavaUHDConfig, LlavaUHDProcessor)

@@ -15,6 +15,7 @@ from llava_uhd.errors import UserError
 from llava_uhd.registry import Registry
 
 IMAGE_MARKER = "<image>"
+VIDEO_MARKER = "<video>"
 
 
 class Turn(NamedTuple):
