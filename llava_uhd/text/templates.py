@@ -7,6 +7,7 @@ the tests hold the forms equal. Adding a template is one class or instance and o
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -16,6 +17,7 @@ from llava_uhd.registry import Registry
 
 IMAGE_MARKER = "<image>"
 VIDEO_MARKER = "<video>"
+MARKERS = re.compile(f"{re.escape(IMAGE_MARKER)}|{re.escape(VIDEO_MARKER)}")
 
 
 class Turn(NamedTuple):
@@ -23,7 +25,8 @@ class Turn(NamedTuple):
 
     Attributes:
         role: "human" or "gpt".
-        text: what is said; each `IMAGE_MARKER` stands for one image.
+        text: what is said; each `IMAGE_MARKER` stands for one image, each `VIDEO_MARKER` for one
+            video.
     """
 
     role: str
@@ -75,14 +78,15 @@ class Template(Protocol):
 
 TEMPLATES: Registry[Template] = Registry("template")
 
-# A content list becomes one text: each image is a marker on its own line, as in training.
+# A content list becomes one text: each image or video is a marker on its own line, as in training.
 _CONTENT_MACRO = """\
 {%- macro render(content) -%}
 {%- if content is string -%}{{ content }}
 {%- else -%}
 {%- set ns = namespace(text='') -%}
 {%- for item in content -%}
-{%- if item['type'] == 'image' -%}{%- set ns.text = ns.text + '<image>\\n' -%}
+{%- if item['type'] in ('image', 'video') -%}
+{%- set ns.text = ns.text + '<' + item['type'] + '>\\n' -%}
 {%- elif item['type'] == 'text' -%}{%- set ns.text = ns.text + item['text'] -%}
 {%- endif -%}
 {%- endfor -%}
@@ -119,9 +123,14 @@ class PlainTemplate:
         " else message['content'] | map(attribute='text') | join('')) + '\\n' }}"
         "{%- elif message['role'] == 'user' -%}"
         "{%- if message['content'] is string -%}"
-        "{{ '<image>' * (message['content'].split('<image>') | length - 1) }}"
+        "{%- for piece in message['content'].split('<')[1:] -%}"
+        "{%- if piece.startswith('image>') -%}<image>"
+        "{%- elif piece.startswith('video>') -%}<video>{%- endif -%}"
+        "{%- endfor -%}"
         "{%- else -%}"
-        "{%- for item in message['content'] if item['type'] == 'image' -%}<image>{%- endfor -%}"
+        "{%- for item in message['content'] if item['type'] in ('image', 'video') -%}"
+        "{{ '<' + item['type'] + '>' }}"
+        "{%- endfor -%}"
         "{%- endif -%}"
         "{%- endif -%}"
         "{%- endfor -%}"
@@ -130,13 +139,13 @@ class PlainTemplate:
     def spans(self, turns: Sequence[Turn], *, generate: bool = False) -> list[Span]:
         """See `Template.spans`; exactly one question with at least one image."""
         check_alternation(turns, generate=generate)
-        images = turns[0].text.count(IMAGE_MARKER)
-        if len(turns) > 2 or images == 0:
+        markers = MARKERS.findall(turns[0].text)
+        if len(turns) > 2 or not markers:
             raise UserError(
                 "the plain template takes one human turn with <image> and one gpt turn, "
-                f"got {len(turns)} turns with {images} <image>"
+                f"got {len(turns)} turns with {len(markers)} <image>"
             )
-        spans = [Span(IMAGE_MARKER * images)]
+        spans = [Span("".join(markers))]
         if not generate:
             spans.append(Span(turns[1].text + "\n", learn=True))
         return spans
