@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from typing import Any
 
@@ -33,6 +34,12 @@ def decode(language_model: PreTrainedModel, **inputs: Any) -> BaseModelOutputWit
         "cache" if "cache" in inspect.signature(decoder.forward).parameters else "past_key_values"
     )
     return decoder(**inputs, **{name: renamed if past is None else past})
+
+
+def cache_of(outputs: BaseModelOutputWithPast) -> Any:
+    """Cache of a decoder's output, under its name before and since transformers 5.24."""
+    names = {item.name for item in dataclasses.fields(outputs)}
+    return getattr(outputs, "cache" if "cache" in names else "past_key_values")
 
 
 def supervised_loss(

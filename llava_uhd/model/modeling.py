@@ -19,7 +19,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from llava_uhd.config.model import LlavaUHDConfig
 from llava_uhd.images.maps import Newline, uses_maps, whole_map
 from llava_uhd.images.tokens import view_token_shapes
-from llava_uhd.language.decoder import decode, logits_at, supervised_loss
+from llava_uhd.language.decoder import cache_of, decode, logits_at, supervised_loss
 from llava_uhd.model.generation import VocabularyLogitsProcessors, tidy_generation_config
 from llava_uhd.model.packing import (
     merge_views,
@@ -55,7 +55,7 @@ class LlavaUHDForConditionalGeneration(PreTrainedModel, GenerationMixin):
         "WindowAttention",
         "HiwinProjector",
     ]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -253,7 +253,7 @@ class LlavaUHDForConditionalGeneration(PreTrainedModel, GenerationMixin):
             outputs.last_hidden_state, labels, logits_to_keep, num_items_in_batch
         )
         return CausalLMOutputWithPast(
-            loss, logits, outputs.past_key_values, outputs.hidden_states, outputs.attentions
+            loss, logits, cache_of(outputs), outputs.hidden_states, outputs.attentions
         )
 
     def _loss_and_logits(
