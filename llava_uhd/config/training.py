@@ -85,13 +85,18 @@ class DataConfig:
     """What is read and how samples are prepared.
 
     Attributes:
-        path: LLaVA JSON or JSONL file, or several.
+        path: LLaVA JSON or JSONL file, YAML mixture of such files, or several.
         image_folder: image paths are relative to it and must stay inside it.
+        video_folder: the same for videos; None: `image_folder`.
         embedded: name of a data set that the package draws itself, instead of `path`.
         overview_only: drop the slices (first stage of LLaVA-UHD v1).
-        on_broken_image: "error" stops; "skip" leaves the sample out, counted and logged.
+        on_broken_image: what an image or video that cannot be read does: "error" stops; "skip"
+            leaves the sample out, counted and logged.
         max_broken: with "skip", the largest share of samples that may be left out, in [0, 1].
-        image_first: a turn with one ``<image>`` gets it moved to its front, as published.
+        image_first: True: a turn with one ``<image>`` gets it moved to its front, as published;
+            turns with several keep them where they are. False moves none. To the letter:
+            "llava_1_5" also collapses the several of a turn into one; "onevision" leaves a marker
+            that the turn begins with as it is, and removes a leftover label of published videos.
         textvqa_long_side: resize images whose path contains "textvqa" or "TextVQA" to this long
             side in pixels.
         textvqa_only_enlarge: leave those that are larger already as they are, as in the published
@@ -102,16 +107,20 @@ class DataConfig:
             whole images from the cut on, counted.
         check_files: look for every image file before training; switch off for huge data on slow
             disks.
-        follow_links: allow links inside `image_folder` that lead out of it.
+        follow_links: allow links inside `image_folder` and `video_folder` that lead out of them.
+        preview: so many samples are shown with their learned tokens before training.
+        max_unlearned: the run is refused if more than this share of the samples that are checked
+            before training, in [0, 1], has no learned token.
     """
 
     path: str | list[str] | None = None
     image_folder: str | None = None
+    video_folder: str | None = None
     embedded: str | None = None
     overview_only: bool = False
     on_broken_image: Literal["error", "skip"] = "error"
     max_broken: float = 0.01
-    image_first: bool = True
+    image_first: bool | Literal["llava_1_5", "onevision"] = True
     textvqa_long_side: int | None = None
     textvqa_only_enlarge: bool = False
     six_slice_probability: float = 0.0
@@ -119,15 +128,19 @@ class DataConfig:
     overlong: Literal["error", "drop"] = "error"
     check_files: bool = True
     follow_links: bool = False
+    preview: int = 2
+    max_unlearned: float = 0.1
 
     def __post_init__(self) -> None:
-        for name in ("max_broken", "six_slice_probability"):
+        for name in ("max_broken", "six_slice_probability", "max_unlearned"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"data.{name} must be between 0 and 1, got {getattr(self, name)}")
         for name in ("textvqa_long_side", "max_length"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"data.{name} must be at least 1 or null, got {value}")
+        if self.preview < 0:
+            raise UserError(f"data.preview must be at least 0, got {self.preview}")
         if self.path is not None and self.embedded is not None:
             raise UserError("data.path and data.embedded exclude each other: set one of them")
 
