@@ -37,6 +37,7 @@ SECTIONS = {
     "stage": training.StageConfig,
     "trainer": training.TrainerConfig,
     "compression": model_config.CompressionConfig,
+    "lora": training.LoraSection,
 }
 
 

@@ -4,7 +4,8 @@ Flags that are fields of transformers' ``TrainingArguments`` need no entry: they
 section as they are. Everything else that a published command may carry stands in `ALIASES`: with
 the key that means the same, with a translation where the values differ too, or as accepted but
 without effect, with the reason. Here stand the flags of LLaVA 1.5 and LLaVA-UHD v1; those that
-LLaVA-UHD v2 adds stand in `llava_uhd.config.aliases_uhd_v2`.
+LLaVA-UHD v2 adds stand in `llava_uhd.config.aliases_uhd_v2`, those of LoRA in
+`llava_uhd.config.aliases_lora`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import posixpath
 from typing import Any
 
+from llava_uhd.config import aliases_lora  # noqa: F401  (registers its flags)
 from llava_uhd.config.aliases_uhd_v2 import has_upsampler
 from llava_uhd.config.flags import (
     ALIASES,
@@ -61,13 +63,6 @@ inert(
         "save_safetensors": "weights are always written as safetensors",
         "overwrite_output_dir": "a run resumes from its output folder; delete it to start anew",
         "logging_dir": "logs are written to the output folder",
-        "lora_r": "it only matters with --lora_enable True",
-        "lora_alpha": "it only matters with --lora_enable True",
-        "lora_dropout": "it only matters with --lora_enable True",
-        "lora_weight_path": "it only matters with --lora_enable True",
-        "lora_bias": "it only matters with --lora_enable True",
-        "double_quant": "it only matters with --bits 4 or 8",
-        "quant_type": "it only matters with --bits 4 or 8",
     }
 )
 
@@ -82,18 +77,6 @@ only(
     (False,),
     "no start and end tokens are added",
     "extra image start and end tokens are not supported; leave it False",
-)
-only(
-    "lora_enable",
-    (False,),
-    "all weights of the learning parts are trained",
-    "LoRA training is not available; leave it out to train all weights",
-)
-only(
-    "bits",
-    (16,),
-    "weights are not quantised in training",
-    "quantised training is not available; leave it out",
 )
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Literal
 
+from llava_uhd.config.lora import LoraSection
 from llava_uhd.config.model import CompressionConfig, ImageConfig, ProjectorConfig, VideoConfig
 from llava_uhd.config.resolved import Resolved
 from llava_uhd.config.schema import Flat, build, leaf_types
@@ -272,6 +273,7 @@ class Recipe(Resolved):
         stage: what learns.
         trainer: the rest.
         compression: visual context compression (short for ``model.compression``).
+        lora: adapters instead of the language model's own weights.
         deepspeed: "zero2", "zero3", "zero3_offload", the path of a configuration, or None.
         debug: shrunken run on a tiny model.
         debug_base: recipes that ``--debug`` lays over this one after ``_base/debug``, so that the
@@ -284,6 +286,7 @@ class Recipe(Resolved):
     stage: StageConfig
     trainer: TrainerConfig
     compression: CompressionConfig = field(default_factory=CompressionConfig)
+    lora: LoraSection = field(default_factory=LoraSection)
     deepspeed: str | None = None
     debug: bool = False
     debug_base: str | list[str] | None = None
@@ -298,6 +301,11 @@ class Recipe(Resolved):
             raise UserError("data.path is missing: name the JSON file of the training samples")
         if self.model.checkpoint is None and self.model.language_model is None:
             raise UserError("model.language_model is missing (or give a whole model.checkpoint)")
+        if self.lora.enabled and "language_model" not in self.stage.learn:
+            raise UserError(
+                "lora.r is set but stage.learn leaves the language model out: give its adapters "
+                "a rate (--stage.learn.language_model 2e-4), or drop them (--lora_enable False)"
+            )
         wanted = [f"stage.learn.{part}" for part in UPSAMPLER_PARTS if part in self.stage.learn]
         if self.model.upsampler_file is not None:
             wanted.append("model.upsampler_file")
