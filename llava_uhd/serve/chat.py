@@ -16,12 +16,14 @@ import torch
 from PIL import Image
 from transformers import BatchFeature, StoppingCriteria, TextIteratorStreamer
 
+from llava_uhd.config.model import VideoConfig
 from llava_uhd.errors import UserError
 from llava_uhd.images.pixels import ImageSource, open_image
+from llava_uhd.images.video import Video, VideoSource, read_video, time_instruction
 from llava_uhd.model.modeling import LlavaUHDForConditionalGeneration
 from llava_uhd.text.processor import LlavaUHDProcessor
 from llava_uhd.text.prompting import StopOnText, extra_stops, prompt_text, until_stop
-from llava_uhd.text.templates import IMAGE_MARKER, Turn
+from llava_uhd.text.templates import IMAGE_MARKER, VIDEO_MARKER, Turn
 
 
 @dataclass(frozen=True)
@@ -64,14 +66,18 @@ class Conversation:
     """What was said and shown so far.
 
     Attributes:
-        turns: human and gpt in alternation; each image is a marker in its turn's text.
+        turns: human and gpt in alternation; each image or video is a marker in its turn's text.
         images: of all turns, in order.
+        videos: of all turns, in order.
         pending: shown, but not yet part of a turn: they go with the next question.
+        pending_videos: the same.
     """
 
     turns: list[Turn] = field(default_factory=list)
     images: list[Image.Image] = field(default_factory=list)
+    videos: list[Video] = field(default_factory=list)
     pending: list[Image.Image] = field(default_factory=list)
+    pending_videos: list[Video] = field(default_factory=list)
 
     def add_image(self, source: ImageSource) -> Image.Image:
         """Attaches a picture to the next question.
@@ -83,37 +89,65 @@ class Conversation:
         self.pending.append(image)
         return image
 
+    def add_video(self, source: VideoSource, config: VideoConfig) -> Video:
+        """Attaches a video to the next question.
+
+        Args:
+            source: file, or folder of frames.
+            config: which frames are taken.
+
+        Raises:
+            UserError: it cannot be read.
+        """
+        video = read_video(source, config)
+        self.pending_videos.append(video)
+        return video
+
     def clear(self) -> None:
         """Forgets everything."""
-        self.turns.clear()
-        self.images.clear()
-        self.pending.clear()
+        for kept in (self.turns, self.images, self.videos, self.pending, self.pending_videos):
+            kept.clear()
 
-    def question(self, text: str) -> Turn:
-        """The next human turn, with the pending images.
+    def question(self, text: str, *, tell_times: bool = False) -> Turn:
+        """The next human turn, with the pending images and videos.
 
         They stand in front of the text, each on its own line, as in training; or, if the text
         holds markers itself, where those are.
 
+        Args:
+            text: of the question.
+            tell_times: say how long each pending video is and when its frames were taken.
+
         Raises:
-            UserError: the text has markers, but not one for each pending image.
+            UserError: the text has markers, but not one for each pending image or video.
         """
-        markers = text.count(IMAGE_MARKER)
-        if markers and markers != len(self.pending):
-            raise UserError(
-                f"the text has {markers} {IMAGE_MARKER} but {len(self.pending)} images wait: "
-                "write one for each of them, or none"
-            )
-        front = "" if markers else f"{IMAGE_MARKER}\n" * len(self.pending)
+        front = ""
+        for marker, waiting, kind in (
+            (IMAGE_MARKER, len(self.pending), "images"),
+            (VIDEO_MARKER, len(self.pending_videos), "videos"),
+        ):
+            markers = text.count(marker)
+            # Without a video the word is a word: questions about web pages have it.
+            if markers and markers != waiting and (waiting or marker == IMAGE_MARKER):
+                raise UserError(
+                    f"the text has {markers} {marker} but {waiting} {kind} wait: "
+                    "write one for each of them, or none"
+                )
+            front += "" if markers else f"{marker}\n" * waiting
+        if tell_times:
+            front += "".join(f"{time_instruction(video)}\n" for video in self.pending_videos)
         return Turn("human", front + text)
 
     def record(self, question: Turn, answer: str) -> None:
-        """Stores a finished round; the pending images now belong to it."""
+        """Stores a finished round; the pending images and videos now belong to it."""
+        clean = answer.strip()
         # A marker that the model wrote itself must not be taken for an image.
-        clean = answer.strip().replace(IMAGE_MARKER, IMAGE_MARKER.replace("<", "< "))
+        for marker in (IMAGE_MARKER, VIDEO_MARKER):
+            clean = clean.replace(marker, marker.replace("<", "< "))
         self.turns += [question, Turn("gpt", clean)]
         self.images += self.pending
-        self.pending = []
+        self.videos += self.pending_videos
+        self.pending, self.pending_videos = [], []
 
 
 class _Cancel(StoppingCriteria):
@@ -162,9 +196,12 @@ class ChatEngine:
             Exception: whatever generation raised, in the caller's thread.
         """
         sampling = sampling or Sampling()
-        question = conversation.question(text)
+        tell_times = self.processor.video_config.time_instruction
+        question = conversation.question(text, tell_times=tell_times)
         inputs = self.encode(
-            [*conversation.turns, question], [*conversation.images, *conversation.pending]
+            [*conversation.turns, question],
+            [*conversation.images, *conversation.pending],
+            [*conversation.videos, *conversation.pending_videos],
         )
         said: list[str] = []
         pieces = self.generate(inputs, sampling)
@@ -185,14 +222,21 @@ class ChatEngine:
             pass
         return conversation.turns[-1].text
 
-    def encode(self, turns: Sequence[Turn], images: Sequence[Image.Image]) -> BatchFeature:
+    def encode(
+        self,
+        turns: Sequence[Turn],
+        images: Sequence[Image.Image],
+        videos: Sequence[Video] = (),
+    ) -> BatchFeature:
         """Model inputs of a conversation that waits for an answer.
 
         Raises:
             UserError: it leaves no room for an answer.
         """
         prompt = prompt_text(self.processor.template, turns)
-        inputs = self.processor(text=prompt, images=list(images) or None)
+        inputs = self.processor(
+            text=prompt, images=list(images) or None, videos=list(videos) or None
+        )
         length, context = inputs["input_ids"].shape[1], self.context
         if context is not None and length >= context:
             placeholder = self.processor.image_token_id

@@ -2,9 +2,10 @@
 
 ::
 
-    python -m llava_uhd.serve.cli --model-path DIR --image-file FILE_OR_URL [...]
+    python -m llava_uhd.serve.cli --model-path DIR --image-file FILE_OR_URL [...] --video-file FILE
 
-Images go with the next question. In the conversation: /image PATH [...], /clear, /help, /exit;
+Images and videos go with the next question. In the conversation: /image PATH [...], /video PATH
+[...], /clear, /help, /exit;
 the end of the input ends it too. When the input is no terminal, one line is one question and one
 answer follows on stdout, nothing else.
 """
@@ -18,6 +19,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TextIO
 
 import torch
@@ -34,7 +36,8 @@ from llava_uhd.serve.fetch import FetchLimits, fetch, is_url
 
 HELP = """\
 /image PATH_OR_URL [...]  show pictures with the next question (quote names with blanks)
-/clear                    forget the conversation and its pictures
+/video PATH [...]         show videos (files, or folders of frames) with the next question
+/clear                    forget the conversation, its pictures and videos
 /help                     this list
 /exit                     leave (so does the end of the input)"""
 
@@ -53,6 +56,8 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     add("--vision-tower", help="folder of a tower that replaces the checkpoint's")
     add("--image-file", nargs="+", action="extend", default=[], metavar="FILE_OR_URL",
         help="pictures for the first question; may be repeated")  # fmt: skip
+    add("--video-file", nargs="+", action="extend", default=[], metavar="FILE",
+        help="videos, or folders of frames, for the first question; may be repeated")  # fmt: skip
     add("--temperature", type=float, default=0.2, help="0: always the likeliest token; default 0.2")
     add("--top-p", type=float, help="draw from the likeliest tokens of this total probability")
     add("--max-new-tokens", type=int, default=512, help="longest answer; default 512")
@@ -151,10 +156,24 @@ class Chat:
         tokens = self.engine.processor.num_image_tokens(width, height)
         self._say(f"{name}: {width} x {height}, {tokens} tokens", only_people=True)
 
+    def show_video(self, name: str) -> None:
+        """Attaches a video to the next question.
+
+        Raises:
+            UserError: it cannot be read.
+        """
+        processor = self.engine.processor
+        frames = self.conversation.add_video(name, processor.video_config).frames
+        width, height = frames[0].size
+        tokens = processor.num_video_tokens(len(frames), width, height)
+        text = f"{name}: {len(frames)} frames of {width} x {height}, {tokens} tokens"
+        self._say(text, only_people=True)
+
     def _command(self, text: str) -> None:
         word, _, rest = text.partition(" ")
         actions: dict[str, Callable[[], None]] = {
-            "/image": lambda: self._show_all(rest),
+            "/image": lambda: self._show_all("/image", rest, self.show),
+            "/video": lambda: self._show_all("/video", rest, self.show_video),
             "/clear": self._clear,
             "/help": lambda: self._say(HELP),
         }
@@ -162,15 +181,15 @@ class Chat:
             raise UserError(f"unknown command {word}: {', '.join([*actions, '/exit'])}")
         actions[word]()
 
-    def _show_all(self, rest: str) -> None:
+    def _show_all(self, word: str, rest: str, show: Callable[[str], None]) -> None:
         try:
             names = shlex.split(rest)
         except ValueError as error:
-            raise UserError(f"/image {rest}: {error}") from error
+            raise UserError(f"{word} {rest}: {error}") from error
         if not names:
-            raise UserError("/image needs a path or URL")
+            raise UserError(f"{word} needs a path" + (" or URL" if word == "/image" else ""))
         for name in names:
-            self.show(name)
+            show(name)
 
     def _clear(self) -> None:
         self.conversation.clear()
@@ -242,11 +261,16 @@ def main(words: list[str] | None = None) -> int:
     limits = FetchLimits(allow_private=options.allow_private_urls)
     # Mistakes first: loading a model may take minutes.
     images = [(name, open_image(read_image(name, limits))) for name in options.image_file]
+    for name in options.video_file:
+        if not Path(name).exists():
+            raise UserError(f"--video-file {name} does not exist")
     chat = Chat(load_engine(options), sampling, limits, console, sys.stdout, plain)
     for name, image in images:
         chat.conversation.pending.append(image)
         if not plain:
             console.print(f"{name}: {image.width} x {image.height}", highlight=False, markup=False)
+    for name in options.video_file:
+        chat.show_video(name)
     if not plain:
         console.print("/help lists the commands", style="dim")
     chat.run(typed_lines(console) if not plain else sys.stdin)
