@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import BitsAndBytesConfig, GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from llava_uhd.checkpoint.lora import Wanted, is_lora, merged, open_lora
+from llava_uhd.checkpoint.lora_layers import attach
 from llava_uhd.checkpoint.manifest import read_manifest
 from llava_uhd.checkpoint.parts import (
     PUBLISHED_PROJECTOR_FILE,
@@ -17,6 +19,7 @@ from llava_uhd.checkpoint.parts import (
     read_language_config,
     read_language_model,
     read_model_config,
+    read_processor,
     read_projector,
     read_tokenizer,
     read_tower,
@@ -31,6 +34,7 @@ from llava_uhd.checkpoint.published import (
     tower_config_by_name,
 )
 from llava_uhd.checkpoint.published.values import VDIM_KEYS
+from llava_uhd.checkpoint.quantize import Quantization, library_settings
 from llava_uhd.checkpoint.sources import resolve_folder
 from llava_uhd.checkpoint.vdim import UPSAMPLER_PREFIX, read_vdim
 from llava_uhd.checkpoint.weights import (
@@ -60,21 +64,25 @@ def load_pretrained(
     vision_tower: str | Path | None = None,
     dtype: torch.dtype | str | None = None,
     device: str | torch.device | None = None,
-    quantization: str | None = None,
+    quantization: str | Quantization | None = None,
     attn_implementation: str | None = None,
+    merge_lora: bool = True,
 ) -> Loaded:
     """Loads a model and its processor.
 
     Args:
         path: folder or hub id: one of ours, a published LLaVA-UHD checkpoint (v1, or v2 in either
-            dialect), or a folder with only a projector (then the language model comes from
-            ``base``).
-        base: language model of a projector-only folder.
+            dialect), a folder with only a projector or with a LoRA adapter, ours or published (the
+            rest then comes from ``base``).
+        base: language model of a projector-only or LoRA folder; of the latter also a whole
+            multimodal checkpoint. None takes the recorded one.
         vision_tower: folder or hub id whose tower replaces the checkpoint's own.
         dtype: of the parameters; None means float32.
         device: where to put the model; None leaves it on the CPU.
         quantization: "4bit" or "8bit" (bitsandbytes; the language model's linear layers only).
         attn_implementation: of the language model ("sdpa", "eager", "flash_attention_2", ...).
+        merge_lora: merge an adapter into the weights. False keeps it beside them (needs peft), as
+            quantised weights always do.
 
     Returns:
         The model in evaluation mode, and its processor.
@@ -83,7 +91,14 @@ def load_pretrained(
         UserError: missing files, unknown layout, or weights that do not fit; one line each.
     """
     folder = resolve_folder(path, "model")
-    config, state, processor = open_checkpoint(folder, base, vision_tower)
+    adapter = None
+    if is_lora(folder):
+        opened, adapter = open_lora(folder, Wanted(base, vision_tower, open_checkpoint))
+        if merge_lora and quantization is None:
+            opened, adapter = merged(opened, adapter, parse_dtype(dtype)), None
+    else:
+        opened = open_checkpoint(folder, base, vision_tower)
+    config, state, processor = opened
     model = build_model(
         config,
         state,
@@ -93,6 +108,8 @@ def load_pretrained(
         quantization=quantization,
         attn_implementation=attn_implementation,
     )
+    if adapter is not None:
+        attach(model, adapter)
     _set_generation(model, processor.tokenizer, folder / "generation_config.json")
     return model.eval(), processor
 
@@ -103,7 +120,7 @@ def open_checkpoint(
     """What `load_pretrained` builds a model from.
 
     Args:
-        folder: see ``path`` there.
+        folder: see ``path`` there. An adapter is merged in the dtype of its base.
         base: see `load_pretrained`.
         vision_tower: see `load_pretrained`.
 
@@ -113,6 +130,8 @@ def open_checkpoint(
     Raises:
         UserError: see `load_pretrained`.
     """
+    if is_lora(folder):
+        return merged(*open_lora(folder, Wanted(base, vision_tower, open_checkpoint)))
     if not (folder / "config.json").is_file():
         raise UserError(
             f"{folder}/config.json does not exist: name the folder of a whole model, ours or a "
@@ -140,7 +159,7 @@ def build_model(
     what: str,
     dtype: torch.dtype | str | None = None,
     device: str | torch.device | None = None,
-    quantization: str | None = None,
+    quantization: str | Quantization | None = None,
     attn_implementation: str | None = None,
     may_miss: tuple[str, ...] = (),
 ) -> LlavaUHDForConditionalGeneration:
@@ -169,7 +188,7 @@ def build_model(
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
     if quantization is not None:
-        options["quantization_config"] = _quantization_config(quantization, options["dtype"])
+        options["quantization_config"] = library_settings(quantization, options["dtype"])
         options["device_map"] = {"": str(device or "cpu")}
     try:
         # Its list of new parameters says nothing that was not checked before.
@@ -208,30 +227,9 @@ def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype:
     return found
 
 
-def _quantization_config(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig:
-    # Only the language model's own linear layers are quantised: tower, projector and head stay.
-    skipped = ["vision_tower", "projector", "lm_head"]
-    if quantization == "4bit":
-        return BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-            llm_int8_skip_modules=skipped,
-        )
-    if quantization == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
-    raise UserError(f"quantization '{quantization}' is not one of 4bit, 8bit")
-
-
 def _open_ours(folder: Path, base: str | Path | None, vision_tower: str | Path | None) -> Opened:
     config = read_model_config(folder)
-    # Without this file the library would make a processor with default settings.
-    read_json(folder / "processor_config.json")
-    try:
-        processor = LlavaUHDProcessor.from_pretrained(folder)
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{folder} has no usable processor ({first_line(error)})") from error
+    processor = read_processor(folder)
     if weight_files(folder):
         state = read_folder(folder)
     else:

@@ -31,6 +31,7 @@ from llava_uhd.checkpoint.weights import (
 )
 from llava_uhd.config.model import LlavaUHDConfig, ProjectorConfig, make_config
 from llava_uhd.errors import UserError
+from llava_uhd.text.processor import LlavaUHDProcessor
 from llava_uhd.vision.towers import TOWERS, VisionTower, num_built_layers
 
 PROJECTOR_FILE = "projector.safetensors"
@@ -173,6 +174,20 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer
+
+
+def read_processor(folder: Path) -> LlavaUHDProcessor:
+    """Processor of a folder of ours.
+
+    Raises:
+        UserError: it is missing or not usable.
+    """
+    # Without this file the library would make a processor with default settings.
+    read_json(folder / "processor_config.json")
+    try:
+        return LlavaUHDProcessor.from_pretrained(folder)
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{folder} has no usable processor ({first_line(error)})") from error
 
 
 def read_model_config(folder: Path) -> LlavaUHDConfig:
