@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from llava_uhd.checkpoint.load import build_model, load_pretrained
+from llava_uhd.checkpoint.named_files import read_upsampler, resolve_projector, resolve_upsampler
 from llava_uhd.checkpoint.parts import (
     find_projector,
     read_language_config,
@@ -23,7 +23,7 @@ from llava_uhd.checkpoint.parts import (
     read_tower_config,
 )
 from llava_uhd.checkpoint.sources import resolve_folder
-from llava_uhd.checkpoint.vdim import UPSAMPLER_PREFIX, find_vdim, read_vdim
+from llava_uhd.checkpoint.vdim import find_vdim
 from llava_uhd.checkpoint.weights import Tensors
 from llava_uhd.config.model import (
     CompressionConfig,
@@ -62,11 +62,13 @@ class Assembled:
         model: with its weights, on the CPU.
         processor: with the recipe's template.
         new_parts: parts that start from initial values.
+        original: under a quantised language model that starts from initial values: those.
     """
 
     model: LlavaUHDForConditionalGeneration
     processor: LlavaUHDProcessor
     new_parts: tuple[str, ...]
+    original: Tensors = field(default_factory=dict)
 
 
 def check_parts(section: ModelSection) -> None:
@@ -99,6 +101,7 @@ def assemble(
     compression: CompressionConfig,
     dtype: torch.dtype,
     demo_tokenizer: TokenizerMaker | None = None,
+    **storage: Any,
 ) -> Assembled:
     """Builds model and processor from a whole checkpoint, or from parts.
 
@@ -109,6 +112,7 @@ def assemble(
         dtype: of the weights.
         demo_tokenizer: makes the tokenizer of a language model that starts from nothing and names
             none.
+        **storage: ``quantization`` and ``device`` of `build_model`.
 
     Raises:
         UserError: a missing folder, or parts that do not fit each other.
@@ -116,9 +120,9 @@ def assemble(
     if compression.method != "none":
         raise UserError(f"unknown compression.method '{compression.method}' (known: none)")
     if section.checkpoint is not None:
-        made = _from_checkpoint(section, dtype)
+        made = _from_checkpoint(section, dtype, storage)
     else:
-        made = _from_parts(section, dtype, demo_tokenizer)
+        made = _from_parts(section, dtype, demo_tokenizer, storage)
     made.model.config.compression = compression
     made.processor.template_mode = section.template_mode
     _end_answers(made)
@@ -149,7 +153,9 @@ def _end_answers(made: Assembled) -> None:
     settings.eos_token_id = ends if len(ends) > 1 else ends[0] if ends else None
 
 
-def _from_checkpoint(section: ModelSection, dtype: torch.dtype) -> Assembled:
+def _from_checkpoint(
+    section: ModelSection, dtype: torch.dtype, storage: dict[str, Any]
+) -> Assembled:
     tower = section.vision_tower
     if isinstance(tower, dict):
         raise UserError("model.vision_tower beside model.checkpoint must be a folder or hub id")
@@ -158,6 +164,8 @@ def _from_checkpoint(section: ModelSection, dtype: torch.dtype) -> Assembled:
         vision_tower=tower,
         dtype=dtype,
         attn_implementation=section.attn_implementation,
+        merge_lora=True,
+        **storage,
     )
     config = model.config
     _check_shapes(section, config)
@@ -179,38 +187,6 @@ def _from_checkpoint(section: ModelSection, dtype: torch.dtype) -> Assembled:
     return Assembled(model, processor, ())
 
 
-def resolve_upsampler(path: str) -> Path:
-    """Existing file or folder of a pre-trained upsampler.
-
-    Raises:
-        UserError: missing; the message names the command that makes one.
-    """
-    found = Path(path).expanduser()
-    if not found.exists():
-        raise UserError(
-            f"model.upsampler_file {path} does not exist: train one before "
-            "(bash scripts/vdim_pretrain.sh), point it at one, or leave it out "
-            "(--model.upsampler_file null)"
-        )
-    return found
-
-
-def read_upsampler(path: str, config: LlavaUHDConfig) -> Tensors:
-    """Weights of a pre-trained upsampler under the model's names (``projector.upsampler.*``).
-
-    Raises:
-        UserError: the model has no upsampler, or the file holds another one.
-    """
-    scale = max(config.projector.scales)
-    if scale == 1:
-        raise UserError(
-            f"model.upsampler_file {path}: the projector {config.projector.type} reads scale 1 "
-            "alone and has no upsampler: leave it out (--model.upsampler_file null)"
-        )
-    stack = read_vdim(resolve_upsampler(path), config.vision_config.hidden_size, scale)
-    return {f"{UPSAMPLER_PREFIX}{key}": tensor for key, tensor in stack.items()}
-
-
 def _check_shapes(section: ModelSection, config: LlavaUHDConfig) -> None:
     """Raises UserError where a recipe asks for what would change the weights of its checkpoint."""
     given = section.given
@@ -224,6 +200,13 @@ def _check_shapes(section: ModelSection, config: LlavaUHDConfig) -> None:
     unset = section.select_layer == ModelSection.select_layer
     if not unset if given is None else "select_layer" in given:
         wanted["select_layer"] = section.select_layer
+    layout = overlay(config.image, section.image, given).layout
+    if (layout == "unpad") != config.has_newline:
+        raise UserError(
+            f"model.image.layout is {layout}, but checkpoint {section.checkpoint} was made with "
+            f"{config.image.layout}: only 'unpad' has a learned newline; leave it out, or build the "
+            "model from model.language_model, model.vision_tower and model.projector_file"
+        )
     for key, value in wanted.items():
         part, _, name = key.rpartition(".")
         own = getattr(getattr(config, part) if part else config, name)
@@ -257,7 +240,10 @@ def overlay(own: Options, wanted: Options, given: frozenset[str] | None = None) 
 
 
 def _from_parts(
-    section: ModelSection, dtype: torch.dtype, demo_tokenizer: TokenizerMaker | None
+    section: ModelSection,
+    dtype: torch.dtype,
+    demo_tokenizer: TokenizerMaker | None,
+    storage: dict[str, Any],
 ) -> Assembled:
     state: Tensors = {}
     new: list[str] = []
@@ -286,21 +272,25 @@ def _from_parts(
     if section.upsampler_file is not None:
         state |= read_upsampler(section.upsampler_file, config)
     processor = LlavaUHDProcessor.from_parts(tokenizer, config)
-    model = build_model(
-        config,
-        state,
-        what="the recipe's model",
-        dtype=dtype,
-        attn_implementation=section.attn_implementation,
-        may_miss=tuple(f"{part}." for part in new),
-    )
+    options: dict[str, Any] = {
+        "what": "the recipe's model",
+        "dtype": dtype,
+        "attn_implementation": section.attn_implementation,
+        "may_miss": tuple(f"{part}." for part in new),
+    }
+    original: Tensors = {}
+    if "quantization" in storage and "language_model" in new:
+        # Its initial values are drawn before they are quantised.
+        state = dict(build_model(config, state, **options).state_dict())
+        original = {key: each for key, each in state.items() if key.startswith("language_model.")}
+    model = build_model(config, state, **options, **storage)
     untrained = "projector" in new and section.upsampler_file is None
     if untrained and hasattr(model.projector, "upsampler"):
         logger.warning(
             "the projector's upsampler starts from initial values: name a pre-trained one with "
             "--model.upsampler_file (bash scripts/vdim_pretrain.sh makes it)"
         )
-    return Assembled(model, processor, tuple(new))
+    return Assembled(model, processor, tuple(new), original)
 
 
 def _compare_with_tower(config: LlavaUHDConfig) -> None:
@@ -320,21 +310,6 @@ def _compare_with_tower(config: LlavaUHDConfig) -> None:
             image.scale_resolution,
             vision.image_size,
         )
-
-
-def resolve_projector(path: str) -> Path:
-    """Existing projector file or folder.
-
-    Raises:
-        UserError: missing; the message names the command that makes one.
-    """
-    found = Path(path).expanduser()
-    if not found.exists():
-        raise UserError(
-            f"model.projector_file {path} does not exist: run the first stage before "
-            "(bash pretrain.sh), or point it at a projector"
-        )
-    return found
 
 
 def _language_part(

@@ -66,7 +66,7 @@ def load_pretrained(
     device: str | torch.device | None = None,
     quantization: str | Quantization | None = None,
     attn_implementation: str | None = None,
-    merge_lora: bool = True,
+    merge_lora: bool | None = None,
 ) -> Loaded:
     """Loads a model and its processor.
 
@@ -81,8 +81,8 @@ def load_pretrained(
         device: where to put the model; None leaves it on the CPU.
         quantization: "4bit" or "8bit" (bitsandbytes; the language model's linear layers only).
         attn_implementation: of the language model ("sdpa", "eager", "flash_attention_2", ...).
-        merge_lora: merge an adapter into the weights. False keeps it beside them (needs peft), as
-            quantised weights always do.
+        merge_lora: True merges an adapter into the weights (before they are quantised), False keeps
+            it beside them (needs peft). None merges, except where ``quantization`` is given.
 
     Returns:
         The model in evaluation mode, and its processor.
@@ -94,7 +94,7 @@ def load_pretrained(
     adapter = None
     if is_lora(folder):
         opened, adapter = open_lora(folder, Wanted(base, vision_tower, open_checkpoint))
-        if merge_lora and quantization is None:
+        if quantization is None if merge_lora is None else merge_lora:
             opened, adapter = merged(opened, adapter, parse_dtype(dtype)), None
     else:
         opened = open_checkpoint(folder, base, vision_tower)

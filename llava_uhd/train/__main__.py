@@ -14,6 +14,7 @@ from transformers import TrainingArguments, set_seed
 from transformers.utils import logging as library_logging
 
 from llava_uhd.checkpoint.assemble import Assembled, assemble, check_parts
+from llava_uhd.checkpoint.lora import KIND
 from llava_uhd.checkpoint.manifest import write_manifest
 from llava_uhd.config.recipe import list_recipes, load_recipe
 from llava_uhd.config.training import UPSAMPLER_PARTS, Recipe
@@ -22,6 +23,7 @@ from llava_uhd.data.dataset import ConversationDataset, open_records
 from llava_uhd.errors import UserError, command
 from llava_uhd.train.embedded import demo_tokenizer, use_embedded
 from llava_uhd.train.log import CURVE_FILE, JsonLog, draw_loss, read_log
+from llava_uhd.train.lora import add_adapters, finish_adapters, lora_run, storage
 from llava_uhd.train.output import is_finished, last_complete_checkpoint, prepare_output
 from llava_uhd.train.setup import deepspeed_config, training_arguments, weight_dtype, world_size
 from llava_uhd.train.stages import apply_stage, part_reports
@@ -46,10 +48,11 @@ def main() -> None:
         folder = prepare_output(recipe)
         checkpoint = last_complete_checkpoint(folder)
     set_seed(arguments.seed)
-    parts = assemble(
-        recipe.model, recipe.compression, weight_dtype(recipe, deepspeed), demo_tokenizer
-    )
+    dtype, kept = weight_dtype(recipe, deepspeed), storage(recipe, arguments, deepspeed)
+    parts = assemble(recipe.model, recipe.compression, dtype, demo_tokenizer, **kept)
+    add_adapters(parts.model, recipe.lora)
     apply_stage(parts.model, recipe.stage)
+    finish_adapters(parts.model, recipe.lora, arguments)
     dataset = ConversationDataset(records, parts.processor, recipe.data, arguments.seed)
     announce(recipe, arguments, parts, dataset)
     trainer = build_trainer(recipe, arguments, parts, dataset, folder)
@@ -131,6 +134,7 @@ def build_trainer(
         return StageTrainer(
             recipe=recipe,
             only_projector=learns_only_projector(recipe, parts),
+            lora=lora_run(recipe, parts),
             model=parts.model,
             args=arguments,
             train_dataset=dataset,
@@ -151,7 +155,7 @@ def conclude(recipe: Recipe, trainer: StageTrainer, folder: Path) -> None:
     draw_loss({recipe.name: folder}, folder / CURVE_FILE)
     write_manifest(
         folder,
-        kind="projector" if trainer.only_projector else "model",
+        kind=KIND if trainer.lora else "projector" if trainer.only_projector else "model",
         stage=recipe.stage.name,
         recipe=recipe.name,
         language_model=recipe.model.language_model,

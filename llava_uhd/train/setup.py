@@ -67,12 +67,14 @@ def weight_dtype(recipe: Recipe, deepspeed: Path | None) -> torch.dtype:
     """Dtype in which the weights are loaded.
 
     DeepSpeed keeps float32 master copies, so it gets bfloat16 weights where the run computes in
-    bfloat16; without it the weights themselves are the masters and stay float32.
+    bfloat16; without it the weights themselves are the masters and stay float32. Below adapters
+    the weights are frozen and need no masters (`llava_uhd.train.lora.set_dtypes`).
     """
     if recipe.model.dtype != "auto":
         return getattr(torch, recipe.model.dtype)
     half = recipe.trainer.arguments.get("bf16") and torch.cuda.is_available()
-    return torch.bfloat16 if half and deepspeed is not None else torch.float32
+    frozen = deepspeed is not None or recipe.lora.enabled
+    return torch.bfloat16 if half and frozen else torch.float32
 
 
 def training_arguments(recipe: Resolved, deepspeed: Path | None) -> TrainingArguments:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from llava_uhd.checkpoint.lora_layers import is_adapter_parameter
 from llava_uhd.checkpoint.vdim import UPSAMPLER_PREFIX
 from llava_uhd.config.training import PARTS, UPSAMPLER_PARTS, StageConfig
 from llava_uhd.errors import UserError
@@ -18,7 +20,7 @@ class PartReport:
     """One line of the table that a run prints before it starts.
 
     Attributes:
-        name: of the part.
+        name: of the part; " (LoRA)" behind it if adapters learn in its place.
         learning: parameters that learn.
         total: parameters.
         rate: learning rate, None if nothing learns.
@@ -56,20 +58,34 @@ def rate_of(part: str, stage: StageConfig, learning_rate: float) -> float:
     return learning_rate if rate is None else rate
 
 
+def adapted_parts(model: nn.Module) -> set[str]:
+    """Parts that carry adapters: these learn in the place of their own weights."""
+    return {part_of(name) for name, _ in model.named_parameters() if is_adapter_parameter(name)}
+
+
 def apply_stage(model: LlavaUHDForConditionalGeneration, stage: StageConfig) -> None:
-    """Lets exactly the stage's parts learn.
+    """Lets exactly the stage's parts learn; where a part carries adapters, only those.
 
     The query positions of a projector learn only if ``config.projector.train_positions`` says so,
     as in the published LLaVA-UHD v1 training, where they rest in the second stage.
 
     Raises:
-        UserError: the stage trains an upsampler that the projector does not have.
+        UserError: the stage trains an upsampler that the projector does not have, or leaves out a
+            part that carries adapters.
     """
+    adapted = adapted_parts(model)
+    for part in adapted:
+        if not learns(part, stage):
+            raise UserError(
+                f"lora puts adapters into {part}, but stage.learn leaves it out: give them a rate "
+                f"(--stage.learn.{part} 2e-4)"
+            )
     present = set()
     for name, parameter in model.named_parameters():
         part = part_of(name)
         present.add(part)
-        parameter.requires_grad_(learns(part, stage))
+        own = part not in adapted or is_adapter_parameter(name)
+        parameter.requires_grad_(learns(part, stage) and own)
     for part in stage.learn:
         if part not in present:
             projector = model.config.projector
@@ -93,18 +109,26 @@ def part_reports(
         stage: of the recipe.
         learning_rate: of parts that have none of their own.
     """
+    adapted = adapted_parts(model)
     counts: dict[str, list[int]] = {}
     for name, parameter in model.named_parameters():
         learning, total = counts.setdefault(part_of(name), [0, 0])
-        size = parameter.numel()
+        size = _size(parameter)
         counts[part_of(name)] = [learning + size * parameter.requires_grad, total + size]
     reports = []
     for part in PARTS:
         if part in counts:
             learning, total = counts[part]
             rate = rate_of(part, stage, learning_rate) if learning else None
-            reports.append(PartReport(part, learning, total, rate))
+            shown = f"{part} (LoRA)" if part in adapted else part
+            reports.append(PartReport(shown, learning, total, rate))
     return reports
+
+
+def _size(parameter: nn.Parameter) -> int:
+    """Values of a parameter; several 4-bit ones lie in one byte."""
+    packed = getattr(parameter, "quant_state", None)
+    return parameter.numel() if packed is None else math.prod(packed.shape)
 
 
 def parameter_groups(

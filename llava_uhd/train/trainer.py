@@ -24,6 +24,7 @@ from llava_uhd.config.training import Recipe
 from llava_uhd.data.dataset import ConversationDataset
 from llava_uhd.data.sampler import ModalityLengthSampler, SeededSampler
 from llava_uhd.errors import UserError
+from llava_uhd.train.lora import LoraRun
 from llava_uhd.train.stages import parameter_groups
 
 logger = logging.getLogger(__name__)
@@ -60,15 +61,19 @@ class StageTrainer(Trainer):
     Args:
         recipe: of the run.
         only_projector: the finished stage is written as a projector file, not as a whole model.
+        lora: the finished stage is written as a LoRA folder; None for a whole model.
         **kwargs: of ``transformers.Trainer``.
     """
 
     train_dataset: ConversationDataset
     optimizer: torch.optim.Optimizer | None
 
-    def __init__(self, recipe: Recipe, only_projector: bool, **kwargs: Any) -> None:
+    def __init__(
+        self, recipe: Recipe, only_projector: bool, lora: LoraRun | None = None, **kwargs: Any
+    ) -> None:
         self.recipe = recipe
         self.only_projector = only_projector
+        self.lora = lora
         self.finishing = False
         self._samples = self._tokens = 0
         self._clock = time.perf_counter()
@@ -140,13 +145,17 @@ class StageTrainer(Trainer):
         folder = Path(output_dir or self.args.output_dir)
         learning = {name for name, p in self.model.named_parameters() if p.requires_grad}
         everything = len(learning) == len(dict(self.model.named_parameters()))
-        if everything or (self.finishing and not self.only_projector):
+        whole = self.finishing and not self.only_projector and self.lora is None
+        if everything or whole:
             super()._save(output_dir, state_dict)
             return
         if not self.args.should_save:
             return
         folder.mkdir(parents=True, exist_ok=True)
         state = self.model.state_dict() if state_dict is None else state_dict
+        if self.finishing and self.lora is not None:
+            self.lora.save(folder, self.model, self.processing_class, state)
+            return
         if self.finishing:
             projector = {k: v for k, v in state.items() if k.startswith("projector.")}
             save_projector(folder / PROJECTOR_FILE, projector, self.model.config)
