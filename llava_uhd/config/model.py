@@ -178,10 +178,11 @@ class VideoConfig:
     """Which frames of a video are taken, and what becomes of their tokens.
 
     Attributes:
-        fps: frames taken per second of the video (published ``video_fps``).
+        fps: frames taken per second of a video file (published ``video_fps``), by whole steps of
+            its frames; of a folder or list of frames all are taken.
         max_frames: with more of them, or with `force_sample`, this many are taken at even distances
             (published ``frames_upbound``); 0 sets no bound.
-        force_sample: always take `max_frames` frames.
+        force_sample: always take `max_frames` frames, some of a short video more than once.
         strategy: registered image strategy of a frame, which is always one view; None: that of the
             model's images, without slices or tiles.
         time_instruction: tell the length of the video and the times of its frames before the first
@@ -204,7 +205,7 @@ class VideoConfig:
 
     def __post_init__(self) -> None:
         if not 0 < self.fps < 1000:
-            raise UserError(f"video.fps must be above 0, got {self.fps}")
+            raise UserError(f"video.fps must be above 0 and below 1000, got {self.fps}")
         if self.max_frames < 0 or (self.force_sample and self.max_frames == 0):
             raise UserError(
                 f"video.max_frames must be at least 1 (or 0 for no bound, without "
