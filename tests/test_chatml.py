@@ -244,8 +244,10 @@ def test_separators_of_slices_are_never_learned(tmp_path: Path) -> None:
 
 
 def test_templates_without_a_rule_are_named() -> None:
-    with pytest.raises(UserError, match=r"faithful labels 'v1' \(known: qwen_1_5\)"):
-        check_parts(ModelSection(language_model={}, template_mode="faithful"))
+    with pytest.raises(
+        UserError, match=r"faithful labels 'chatml'.*\(known: chatml_direct, llama_2"
+    ):
+        check_parts(ModelSection(language_model={}, template="chatml", template_mode="faithful"))
     with pytest.raises(UserError, match="template_mode must be clean or faithful, got 'strict'"):
         encode_turns("v1", "strict", None, [], [])  # type: ignore[arg-type]
     assert TEMPLATES.get("qwen_1_5") is QWEN_1_5

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from llava_uhd.data.demo_tokenizer import build_demo_tokenizer
 from llava_uhd.errors import UserError
 from llava_uhd.text.encoding import IGNORE_INDEX, Encoding, encode_spans
+from llava_uhd.text.faithful import encode_turns
 from llava_uhd.text.layout import single_token_id
 from llava_uhd.text.templates import TEMPLATES, Span, Turn
 
@@ -251,6 +252,10 @@ def test_v1_labels_are_the_published_ones(converted: Callable[[bool], Pair], leg
             slow.with_images(conversation)
         )
         labels = published_labels(slow, conversation)
+        turns = talk(texts)
+        faithful = encode_turns("v1", "faithful", fast, turns, [[PLACEHOLDER]] * images)
+        assert faithful.input_ids == ours.input_ids
+        assert faithful.labels == (labels or [IGNORE_INDEX] * len(ours.labels))
         if labels is not None:
             compared += 1
             assert ours.labels == labels

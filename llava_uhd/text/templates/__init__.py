@@ -22,6 +22,7 @@ from llava_uhd.text.templates.base import (
     check_alternation,
 )
 from llava_uhd.text.templates.chat import ChatTemplate, Form
+from llava_uhd.text.templates.choice import published_template
 from llava_uhd.text.templates.forms import (
     ChatMLTemplate,
     HeaderTemplate,
@@ -52,6 +53,12 @@ QWEN_1_5 = ChatMLTemplate(texts.HELPFUL)
 QWEN_2_5 = ChatMLTemplate(texts.QWEN_2_5)
 CHATML = ChatMLTemplate(None)
 LLAMA_3 = HeaderTemplate(texts.LANGUAGE_AND_VISION)
+# Models whose images stand between two learned tokens.
+V1_IM_START_END = dataclasses.replace(V1, around=IM_START_END, added_tokens=IM_START_END)
+LLAVA_V0_IM_START_END = dataclasses.replace(
+    LLAVA_V0, around=IM_START_END, added_tokens=IM_START_END
+)
+MPT_IM_START_END = dataclasses.replace(MPT, around=IM_START_END, added_tokens=IM_START_END)
 
 TEMPLATES.add("plain", PLAIN)
 TEMPLATES.add("v1", V1)
@@ -69,16 +76,9 @@ TEMPLATES.add("qwen_1_5", QWEN_1_5)
 TEMPLATES.add("qwen_2_5", QWEN_2_5)
 TEMPLATES.add("chatml", CHATML)
 TEMPLATES.add("llama_3", LLAMA_3)
-
-# Models whose images stand between two learned tokens.
-MARKED: dict[str, ChatTemplate] = {
-    f"{name}_im_start_end": dataclasses.replace(
-        template, around=IM_START_END, added_tokens=IM_START_END
-    )
-    for name, template in (("v1", V1), ("llava_v0", LLAVA_V0), ("mpt", MPT))
-}
-for _name, _template in MARKED.items():
-    TEMPLATES.add(_name, _template)
+TEMPLATES.add("v1_im_start_end", V1_IM_START_END)
+TEMPLATES.add("llava_v0_im_start_end", LLAVA_V0_IM_START_END)
+TEMPLATES.add("mpt_im_start_end", MPT_IM_START_END)
 
 # Other names of the same templates. "mpt_next" differs in its faithful labels only.
 ALIASES = {
@@ -95,7 +95,6 @@ for _alias, _name in ALIASES.items():
 __all__ = [
     "ALIASES",
     "IMAGE_MARKER",
-    "MARKED",
     "MARKERS",
     "TEMPLATES",
     "VIDEO_MARKER",
@@ -111,4 +110,5 @@ __all__ = [
     "Turn",
     "TwoSeparatorTemplate",
     "check_alternation",
+    "published_template",
 ]
