@@ -180,7 +180,6 @@ def test_layouts_are_told_by_keys_and_weights(
 @pytest.mark.parametrize(
     "values",
     [
-        LLAMA | {"mm_projector_type": "mlp2x_gelu"},
         LLAMA | {"mm_projector_type": "mlp2x_gelu", "model_mode": "llava"},
         {"architectures": ["LlavaMptForCausalLM"]} | kind("_v2"),
         {},

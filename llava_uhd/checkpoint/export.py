@@ -19,7 +19,7 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from llava_uhd.checkpoint.load import build_model, open_checkpoint, stored_names
+from llava_uhd.checkpoint.load import build_model, open_checkpoint
 from llava_uhd.checkpoint.manifest import read_manifest, write_manifest, write_whole
 from llava_uhd.checkpoint.parts import (
     PROJECTOR_FILE,
@@ -31,6 +31,7 @@ from llava_uhd.checkpoint.parts import (
 from llava_uhd.checkpoint.published import LAYOUTS, Layout, key_map, published_key
 from llava_uhd.checkpoint.published.towers import hub_name, tower_habits
 from llava_uhd.checkpoint.published.values import common_values, text_values
+from llava_uhd.checkpoint.published_folder import stored_names
 from llava_uhd.checkpoint.tokenizer_files import (
     check_tokenizer,
     holds_tokenizer,

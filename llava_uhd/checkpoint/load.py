@@ -13,39 +13,26 @@ from llava_uhd.checkpoint.lora import Wanted, is_lora, merged, open_lora
 from llava_uhd.checkpoint.lora_layers import attach
 from llava_uhd.checkpoint.manifest import read_manifest
 from llava_uhd.checkpoint.parts import (
-    PUBLISHED_PROJECTOR_FILE,
-    find_projector,
     quiet_library,
     read_language_config,
     read_language_model,
     read_model_config,
     read_processor,
     read_projector,
-    read_tokenizer,
-    read_tower,
-    read_tower_config,
 )
-from llava_uhd.checkpoint.published import (
-    VISION_PREFIX,
-    Layout,
-    find_layout,
-    find_tower,
-    key_map,
-    tower_config_by_name,
+from llava_uhd.checkpoint.published_folder import (
+    open_published,
+    replace_tower,
 )
-from llava_uhd.checkpoint.published.values import VDIM_KEYS
 from llava_uhd.checkpoint.quantize import Quantization, library_settings
 from llava_uhd.checkpoint.sources import resolve_folder
-from llava_uhd.checkpoint.vdim import UPSAMPLER_PREFIX, read_vdim
 from llava_uhd.checkpoint.weights import (
     Tensors,
     check_state,
     first_line,
     read_folder,
     read_json,
-    read_tensors,
     weight_files,
-    weight_names,
 )
 from llava_uhd.config.model import LlavaUHDConfig
 from llava_uhd.errors import UserError
@@ -110,7 +97,7 @@ def load_pretrained(
     )
     if adapter is not None:
         attach(model, adapter)
-    _set_generation(model, processor.tokenizer, folder / "generation_config.json")
+    set_generation(model, processor.tokenizer, folder / "generation_config.json")
     return model.eval(), processor
 
 
@@ -140,16 +127,7 @@ def open_checkpoint(
     values = read_json(folder / "config.json")
     if values.get("model_type") == "llava_uhd":
         return _open_ours(folder, base, vision_tower)
-    return _open_published(folder, values, base, vision_tower)
-
-
-def stored_names(folder: Path) -> list[str]:
-    """Names of the weights of a checkpoint folder, or of its projector file; may be empty."""
-    names = weight_names(folder)
-    projector = folder / PUBLISHED_PROJECTOR_FILE
-    if not names and projector.is_file():
-        names = [key for key, _ in read_tensors(projector)]
-    return names
+    return open_published(folder, values, base, vision_tower)
 
 
 def build_model(
@@ -243,108 +221,8 @@ def _open_ours(folder: Path, base: str | Path | None, vision_tower: str | Path |
             )
         state = _from_base(config, language_model, tower) | read_projector(folder, config)
     if vision_tower is not None:
-        state = _replace_tower(config, state, vision_tower)
+        state = replace_tower(config, state, vision_tower)
     return config, state, processor
-
-
-def published_config(
-    folder: Path, values: dict[str, Any], names: list[str], tower: Path | None
-) -> tuple[Layout, LlavaUHDConfig]:
-    """Layout and configuration of a published folder.
-
-    Args:
-        folder: of the checkpoint, for messages.
-        values: of its ``config.json``.
-        names: of its weights.
-        tower: folder of its vision tower, or None where that is not here.
-
-    Raises:
-        UserError: unknown layout, unknown tower, or values that mean no model.
-    """
-    layout = find_layout(values, names)
-    if layout is None:
-        raise UserError(
-            f"{folder}/config.json has model_type '{values.get('model_type')}' and projector "
-            f"'{values.get('mm_projector_type')}': not a LLaVA-UHD model that loads here"
-        )
-    vision = read_tower_config(tower) if tower else tower_config_by_name(values)
-    if vision is None:
-        raise UserError(
-            f"{folder}: its vision tower '{values.get('mm_vision_tower')}' is not here: pass "
-            "vision_tower=FOLDER (a CLIP or SigLIP folder of transformers)"
-        )
-    try:
-        return layout, layout.make_config(values, vision, names)
-    except UserError as error:
-        raise UserError(f"{folder}/config.json: {error}") from error
-
-
-def _open_published(
-    folder: Path,
-    values: dict[str, Any],
-    base: str | Path | None,
-    vision_tower: str | Path | None,
-) -> Opened:
-    """Configuration, weights under our names, and processor of a published folder."""
-    tower: Path | None
-    if vision_tower is not None:
-        tower = resolve_folder(vision_tower, "vision tower")
-    else:
-        tower = find_tower(values, folder)
-    names = stored_names(folder)
-    layout, config = published_config(folder, values, names, tower)
-    try:
-        table = key_map(layout, names, config)
-    except UserError as error:
-        raise UserError(f"checkpoint {folder}: {error}") from None
-    if weight_files(folder):
-        # Weights that nothing uses, a whole second tower among them, are not even read.
-        weights = read_folder(folder, table.__contains__)
-        state = {table[name]: tensor for name, tensor in weights.items()}
-    elif base is None:
-        file = find_projector(folder).name
-        raise UserError(
-            f"{folder} holds only {file}: pass base=FOLDER, the language model it was trained "
-            f"with (recorded: '{values.get('_name_or_path')}')"
-        )
-    else:
-        state = read_language_model(resolve_folder(base, "language model"))
-        state |= read_projector(folder, config)
-    state |= _recorded_upsampler(folder, values, config, state)
-    if vision_tower is not None or not any(name.startswith(VISION_PREFIX) for name in names):
-        if tower is None:
-            raise UserError(
-                f"{folder} has no vision weights, and '{values.get('mm_vision_tower')}' is not "
-                "here: pass vision_tower=FOLDER"
-            )
-        state = _replace_tower(config, state, tower)
-    source = folder if _has_tokenizer(folder) or base is None else Path(base)
-    processor = LlavaUHDProcessor.from_parts(read_tokenizer(source), config)
-    return config, state, processor
-
-
-def _recorded_upsampler(
-    folder: Path, values: dict[str, Any], config: LlavaUHDConfig, state: Tensors
-) -> Tensors:
-    """The upsampler of a projector that lacks it, from the file that its configuration names."""
-    scale = max(config.projector.scales)
-    if scale == 1 or any(key.startswith(UPSAMPLER_PREFIX) for key in state):
-        return {}
-    recorded = next((str(values[key]) for key in VDIM_KEYS if values.get(key)), None)
-    if recorded is None:
-        return {}
-    for path in (folder / recorded, Path(recorded)):
-        if path.exists():
-            stack = read_vdim(path, config.vision_config.hidden_size, scale)
-            return {f"{UPSAMPLER_PREFIX}{key}": tensor for key, tensor in stack.items()}
-    raise UserError(
-        f"{folder} holds no upsampler, and '{recorded}', which its config.json names, is not here: "
-        "put the file there"
-    )
-
-
-def _has_tokenizer(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
 
 
 def _from_base(config: LlavaUHDConfig, base: str | Path, tower: str | Path) -> Tensors:
@@ -355,16 +233,10 @@ def _from_base(config: LlavaUHDConfig, base: str | Path, tower: str | Path) -> T
             f"language model {folder} has width {width}, the projector was trained for "
             f"{config.hidden_size}"
         )
-    return _replace_tower(config, read_language_model(folder), tower)
+    return replace_tower(config, read_language_model(folder), tower)
 
 
-def _replace_tower(config: LlavaUHDConfig, state: Tensors, tower: str | Path) -> Tensors:
-    folder = resolve_folder(tower, "vision tower")
-    kept = {key: value for key, value in state.items() if not key.startswith("vision_tower.")}
-    return kept | read_tower(folder, read_tower_config(folder), config.select_layer)
-
-
-def _set_generation(
+def set_generation(
     model: LlavaUHDForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, file: Path
 ) -> None:
     """The checkpoint's own settings, if it has a ``generation_config.json``.

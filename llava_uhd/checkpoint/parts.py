@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import re
 import warnings
 from collections.abc import Iterator
@@ -33,6 +34,8 @@ from llava_uhd.config.model import LlavaUHDConfig, ProjectorConfig, make_config
 from llava_uhd.errors import UserError
 from llava_uhd.text.processor import LlavaUHDProcessor
 from llava_uhd.vision.towers import TOWERS, VisionTower, num_built_layers
+
+logger = logging.getLogger(__name__)
 
 PROJECTOR_FILE = "projector.safetensors"
 PUBLISHED_PROJECTOR_FILE = "mm_projector.bin"
@@ -295,6 +298,10 @@ def _published_projector(tensors: Tensors, config: LlavaUHDConfig) -> Tensors:
     """Published projector weights (``model.mm_projector.*``) under the model's names."""
     state: Tensors = {}
     for key, tensor in tensors.items():
+        if "mm_projector." not in key and key.startswith("model."):
+            # Rows of tokens around an image (mm_use_im_start_end): no part of the projector.
+            logger.warning("a projector file also holds %s, which is not read", key)
+            continue
         ours = our_projector_key(key.rpartition("mm_projector.")[2], config.projector)
         if ours is not None:
             state[f"projector.{ours}"] = tensor

@@ -1,7 +1,7 @@
 """How the weights of projectors are called in published files, and which of them are dead.
 
-Both lineages of LLaVA-UHD v2 share these names, so does the projector file of a first stage. The
-names here are those behind ``mm_projector.``.
+All published systems share these names, so does the projector file of a first stage. The names here
+are those behind ``mm_projector.``.
 """
 
 from __future__ import annotations
@@ -24,8 +24,15 @@ HIWIN_UNUSED = {
 
 _HIWIN_DEAD = re.compile(r"query|kv_proj\.weight|upsampler\.model\..*")
 _SCALE = re.compile(r"features?_(\d)x_(?:projector\.(?:weight|bias)|embedding)")
+# The linear layers and activations of an MLP.
+_LAYERS = "layers."
 # The published stack lies in a wrapper of the same name.
 _PUBLISHED_STACK, _STACK = "upsampler.upsampler.", "upsampler."
+
+
+def is_mlp(options: ProjectorConfig) -> bool:
+    """Whether a projector is a stack of linear layers (published: bare, or a list of modules)."""
+    return options.type == "linear" or re.fullmatch(r"mlp\d+x_gelu", options.type) is not None
 
 
 def our_projector_key(name: str, options: ProjectorConfig) -> str | None:
@@ -35,6 +42,8 @@ def our_projector_key(name: str, options: ProjectorConfig) -> str | None:
         name: behind ``mm_projector.``, for instance ``upsampler.upsampler.up1.range_temp``.
         options: of the projector that is filled.
     """
+    if is_mlp(options):
+        return f"{_LAYERS}0.{name}" if options.type == "linear" else f"{_LAYERS}{name}"
     if options.type != "hiwin":
         return name
     if _HIWIN_DEAD.fullmatch(name):
@@ -49,6 +58,9 @@ def our_projector_key(name: str, options: ProjectorConfig) -> str | None:
 
 def published_projector_key(name: str, options: ProjectorConfig) -> str:
     """Inverse of `our_projector_key` on the names that the model uses."""
+    if is_mlp(options):
+        bare = name.removeprefix(_LAYERS)
+        return bare.removeprefix("0.") if options.type == "linear" else bare
     if options.type == "hiwin" and name.startswith(_STACK):
         return _PUBLISHED_STACK + name.removeprefix(_STACK)
     return name

@@ -165,6 +165,26 @@ def weight_names(folder: Path) -> list[str]:
     return names
 
 
+def read_shapes(folder: Path, wanted: Callable[[str], bool]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the weights of a checkpoint folder whose names are wanted; empty if it has none.
+
+    Raises:
+        UserError: damaged files.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in weight_files(folder):
+        if file.suffix != ".safetensors":
+            shapes |= {key: tuple(each.shape) for key, each in read_tensors(file) if wanted(key)}
+            continue
+        try:
+            with safe_open(file, framework="pt") as opened:
+                names = [key for key in opened.keys() if wanted(key)]  # noqa: SIM118
+                shapes |= {key: tuple(opened.get_slice(key).get_shape()) for key in names}
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file} cannot be read as weights ({first_line(error)})") from error
+    return shapes
+
+
 def check_state(
     model: nn.Module,
     state: Mapping[str, torch.Tensor],

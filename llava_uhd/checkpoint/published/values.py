@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -17,7 +18,11 @@ COMMA_ID, NEWLINE_ID = 29892, 13
 FAMILIES = {
     "llama": ("LlavaLlamaForCausalLM", "llava_llama"),
     "qwen2": ("LlavaQwenForCausalLM", "llava_qwen"),
+    "mistral": ("LlavaMistralForCausalLM", "llava_mistral"),
 }
+
+# Published classes of the same family with language models that do not load here.
+_FOREIGN = ("mpt", "gemma", "mixtral", "qwen_moe", "qwenmoe")
 
 # Keys under which the two lineages and their scripts record the file of the pre-trained upsampler.
 VDIM_KEYS = ("jbu_vdim", "vdim_ckpt", "jbu_ckpt")
@@ -29,23 +34,52 @@ _NOT_OF_THE_TEXT = {
 
 
 def family(values: Values) -> str | None:
-    """Language model of a published configuration ("llama", "qwen2"), or None."""
+    """Language model of a published configuration ("llama", "qwen2", "mistral"), or None.
+
+    The class decides: ``model_type`` has been edited in some published files, and "llava" is also
+    that of a class of transformers.
+    """
     named = values.get("architectures")
-    for name, (architecture, model_type) in FAMILIES.items():
-        if (isinstance(named, list) and architecture in named) or (
-            values.get("model_type") == model_type
-        ):
+    named = named if isinstance(named, list) else []
+    for name, (architecture, _) in FAMILIES.items():
+        if architecture in named:
+            return name
+    if named and foreign_language_model(values):
+        return None
+    for name, (_, model_type) in FAMILIES.items():
+        if values.get("model_type") == model_type:
             return name
     return None
 
 
-def check_common(values: Values) -> None:
-    """Raises UserError for recorded settings that mean another model."""
+def foreign_language_model(values: Values) -> str | None:
+    """Name of the language model of a published class that has one that does not load here."""
+    named = values.get("architectures")
+    words = [str(each) for each in named] if isinstance(named, list) else []
+    words.append(str(values.get("model_type")))
+    for word in words:
+        match = re.fullmatch(r"llava_?(\w+?)(forcausallm)?", word.lower())
+        if match and match.group(1) in _FOREIGN:
+            return match.group(1)
+    return None
+
+
+def check_common(values: Values, marks: bool = False) -> None:
+    """Raises UserError for recorded settings that mean another model.
+
+    Args:
+        values: of ``config.json``.
+        marks: start and end tokens around an image may be set.
+    """
     feature = values.get("mm_vision_select_feature", "patch")
     if feature != "patch":
         raise UserError(f"mm_vision_select_feature '{feature}' is not supported, only 'patch'")
-    if values.get("mm_use_im_start_end"):
-        raise UserError("mm_use_im_start_end is set: start and end tokens are not supported")
+    if values.get("mm_use_im_start_end") and not marks:
+        raise UserError(
+            "mm_use_im_start_end is set: start and end tokens around an image are not supported"
+        )
+    if values.get("s2"):
+        raise UserError("s2 is set: towers that read an image at several sizes are not supported")
 
 
 def text_config(values: Values) -> PreTrainedConfig:
