@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -167,6 +169,15 @@ def test_aliases_are_the_same_template() -> None:
     for alias, name in ALIASES.items():
         assert TEMPLATES.get(alias) is TEMPLATES.get(name)
         assert alias == "mpt_next" or FAITHFUL.get(alias) is FAITHFUL.get(name)
+
+
+def test_the_page_has_every_template(root: Path) -> None:
+    page = (root / "docs/templates.md").read_text(encoding="utf-8")
+    table = page.split("## The templates")[1].split("## What is learned")[0]
+    rows = [line.split(" | ")[:2] for line in table.splitlines() if line.startswith("| `")]
+    for column, names in ((0, NAMES), (1, list(ALIASES))):
+        found = [name for row in rows for name in re.findall(r"`(\w+)`", row[column])]
+        assert sorted(found) == sorted(names)
 
 
 # --- two renderings -------------------------------------------------------------------------------
