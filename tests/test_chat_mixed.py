@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from fixtures_model import call, save_tiny
 from fixtures_tiny import picture, tiny_parts
+from fixtures_video import write_video
 from test_mixed_visuals import MODELS
 
 from llava_uhd.errors import UserError
@@ -92,3 +93,34 @@ def test_in_the_terminal(tmp_path: Path) -> None:
         "llava_uhd.serve.cli", *options, "--video-file", "none.mp4", cwd=tmp_path, text="Hi\n"
     )
     assert status == 2 and "--video-file none.mp4 does not exist" in error
+
+
+def test_a_film_is_read_sampled_and_answered(tmp_path: Path) -> None:
+    """Four seconds at 8 frames per second: four frames, and the answer of those frames."""
+    film = write_video(tmp_path / "clip.mp4", 32, 8)
+    engine = ChatEngine(*tiny_parts(seed=5, **onevision()))
+    talk = Conversation()
+    video = talk.add_video(film, engine.processor.video_config)
+    assert [round(time, 3) for time in video.times] == [0, 1, 2, 3]
+    answer = engine.reply(talk, "What happens?", GREEDY)
+    inputs = engine.processor(text="<video>", videos=[film])
+    assert inputs["view_grids"].shape[0] == 4
+    shown = Conversation()
+    shown.add_video(list(video.frames), engine.processor.video_config)
+    assert engine.reply(shown, "What happens?", GREEDY) == answer
+
+    cut = tmp_path / "cut.mp4"
+    cut.write_bytes(film.read_bytes()[: film.stat().st_size // 2])
+    with pytest.raises(UserError, match="cut.mp4"):
+        talk.add_video(cut, engine.processor.video_config)
+    folder = save_tiny(tmp_path / "model", seed=5, **onevision())
+    options = ("--model-path", folder, "--temperature", "0", "--max-new-tokens", "4")
+    status, out, error = call(
+        "llava_uhd.serve.cli", *options, "--video-file", "clip.mp4", cwd=tmp_path, text="What?\n"
+    )
+    assert status == 0 and len(out.splitlines()) == 1, error
+    status, out, error = call(
+        "llava_uhd.serve.cli", *options, "--video-file", "cut.mp4", cwd=tmp_path, text="What?\n"
+    )
+    assert status == 2 and not out and len(error.strip().splitlines()) == 1, error
+    assert "cut.mp4" in error
