@@ -190,6 +190,17 @@ def test_later_layers_displace_rivals(tmp_path: Path) -> None:
     assert accumulated.trainer.batch_plan(3) == (4, 2)
 
 
+def test_another_checkpoint_keeps_what_was_set_beside_the_first() -> None:
+    name = "onevision/stage2_si_qwen2_7b"
+    own = load_recipe(name).model
+    moved = load_recipe(name, ["--model.checkpoint", "elsewhere"]).model
+    assert moved.checkpoint == "elsewhere"
+    assert moved.image == own.image and moved.given == own.given
+    # In the place of parts, it brings its own images.
+    parts = load_recipe("onevision/stage1_5_qwen2_7b", ["--model.checkpoint", "elsewhere"]).model
+    assert not any(key.startswith("image.") for key in parts.given or ())
+
+
 def test_bases_and_null(tmp_path: Path) -> None:
     (tmp_path / "one.yaml").write_text(
         f"base: {FINETUNE}\ntrainer: {{learning_rate: 1e-4, run_name: one}}\n"

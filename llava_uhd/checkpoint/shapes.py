@@ -18,6 +18,7 @@ from llava_uhd.checkpoint.published import KNOWN_TOWERS, find_tower
 from llava_uhd.checkpoint.published_folder import published_config, stored_names
 from llava_uhd.checkpoint.weights import read_json
 from llava_uhd.config.model import CompressionConfig, ImageConfig, LlavaUHDConfig, make_config
+from llava_uhd.config.recipe import list_recipes, load_recipe
 from llava_uhd.config.training import Recipe
 from llava_uhd.errors import UserError
 
@@ -53,6 +54,19 @@ KNOWN_LANGUAGE_MODELS: dict[str, dict[str, Any]] = {
     "qwen2-0.5b-instruct": _qwen2(896, 4864, 24, 14, 2, 151936),
     "qwen2-7b": _qwen2(3584, 18944, 28, 28, 4, 152064),
     "qwen2-7b-instruct": _qwen2(3584, 18944, 28, 28, 4, 152064),
+    "qwen2-72b": _qwen2(8192, 29568, 80, 64, 8, 152064),
+    "qwen2-72b-instruct": _qwen2(8192, 29568, 80, 64, 8, 152064),
+}
+
+# Published checkpoints by the last part of their names: the recipe that makes such a model.
+KNOWN_CHECKPOINTS = {
+    "llava-v1.5-7b": "llava_1_5/finetune_vicuna7b",
+    "llava-v1.5-13b": "llava_1_5/finetune_vicuna13b",
+    **{
+        f"llava-onevision-qwen2-{name}-{stage}": f"onevision/stage2_{stage}_qwen2_{size}"
+        for name, size in (("0.5b", "0_5b"), ("7b", "7b"), ("72b", "72b"))
+        for stage in ("si", "ov")
+    },
 }
 
 
@@ -74,15 +88,20 @@ def known_shape(name: str, table: dict[str, dict[str, Any]], what: str) -> PreTr
 def describe_recipe(recipe: Recipe) -> LlavaUHDConfig:
     """Configuration of the model that a recipe would train; no weights are read.
 
-    Folders that are not here are replaced by the shapes of well-known names.
+    Folders that are not here are replaced by the shapes of well-known names, checkpoints also by
+    the recipes that make them.
 
     Raises:
         UserError: a part whose shape cannot be found.
     """
     section = recipe.model
     if section.checkpoint is not None:
-        config = describe_checkpoint(section.checkpoint)
+        maker = None
+        if not Path(section.checkpoint, "config.json").is_file():
+            maker = recipe_of(section.checkpoint)
+        config = describe_recipe(maker) if maker else describe_checkpoint(section.checkpoint)
         config.image = overlay(config.image, section.image, section.given)
+        config.video = overlay(config.video, section.video, section.given)
         config.compression = recipe.compression
         return config
     language, tower = section.language_model, section.vision_tower
@@ -103,10 +122,25 @@ def describe_recipe(recipe: Recipe) -> LlavaUHDConfig:
         text_config=text,
         image=dataclasses.replace(section.image),
         projector=dataclasses.replace(section.projector),
+        video=dataclasses.replace(section.video),
         compression=recipe.compression,
         template=section.template,
         select_layer=section.select_layer,
     )
+
+
+def recipe_of(checkpoint: str) -> Recipe | None:
+    """The recipe that makes a checkpoint: one of ours that writes the folder, or a published one's.
+
+    Only recipes over parts with names count: what starts from nothing has no shape yet.
+    """
+    last = checkpoint.rstrip("/").rpartition("/")[2]
+    named = KNOWN_CHECKPOINTS.get(last)
+    for name in [named] if named else list_recipes():
+        recipe = load_recipe(name)
+        if named or Path(recipe.output_dir) == Path(checkpoint):
+            return None if isinstance(recipe.model.language_model, dict) else recipe
+    return None
 
 
 def describe_checkpoint(path: str | Path) -> LlavaUHDConfig:

@@ -4,8 +4,8 @@ Flags that are fields of transformers' ``TrainingArguments`` need no entry: they
 section as they are. Everything else that a published command may carry stands in `ALIASES`: with
 the key that means the same, with a translation where the values differ too, or as accepted but
 without effect, with the reason. Here stand the flags of LLaVA 1.5 and LLaVA-UHD v1; those that
-LLaVA-UHD v2 adds stand in `llava_uhd.config.aliases_uhd_v2`, those of LoRA in
-`llava_uhd.config.aliases_lora`.
+LLaVA-UHD v2 adds stand in `llava_uhd.config.aliases_uhd_v2`, those on tiles and videos in
+`llava_uhd.config.aliases_onevision`, those of LoRA in `llava_uhd.config.aliases_lora`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,12 @@ import posixpath
 from typing import Any
 
 from llava_uhd.config import aliases_lora  # noqa: F401  (registers its flags)
+from llava_uhd.config.aliases_onevision import (
+    is_whole_model,
+    newline_with_language_model,
+    over_checkpoint,
+    views_of_tower,
+)
 from llava_uhd.config.aliases_uhd_v2 import has_upsampler
 from llava_uhd.config.flags import (
     ALIASES,
@@ -82,16 +88,19 @@ only(
 
 @translates("model_name_or_path")
 def _language_model(value: Any, context: Context) -> dict[str, Any] | Inert:
+    if is_whole_model(value):
+        return {"model.checkpoint": value, "model.language_model": None}
     return {"model.checkpoint": None, "model.language_model": value}
 
 
 @translates("vision_tower")
 def _tower(value: Any, context: Context) -> dict[str, Any] | Inert:
-    keys = {"model.vision_tower": value}
-    # As published, the name of a SigLIP tower brings the larger slices.
-    if "siglip" in str(value).lower() and context.recipe.get("model.image.scale_resolution") == 336:
-        keys["model.image.scale_resolution"] = 384
-    return keys
+    if over_checkpoint(context):
+        return Inert(
+            "the checkpoint brings its vision tower, which may have learned; "
+            "--model.vision_tower puts another one in its place"
+        )
+    return {"model.vision_tower": value, **views_of_tower(value, context)}
 
 
 @translates("tune_mm_mlp_adapter")
@@ -116,7 +125,8 @@ def _freeze_projector(value: Any, context: Context) -> dict[str, Any] | Inert:
 def _freeze_language_model(value: Any, context: Context) -> dict[str, Any] | Inert:
     if value is not True:
         return Inert("what learns stands in stage.learn")
-    return {"stage.learn.language_model": False}
+    newline = newline_with_language_model(False, context)
+    return {"stage.learn.language_model": False, **newline}
 
 
 @translates("mm_projector_lr")
@@ -126,23 +136,6 @@ def _projector_rate(value: Any, context: Context) -> dict[str, Any] | Inert:
     if "mm_mlp_adapter" not in str(context.flags.get("mm_tunable_parts", "mm_mlp_adapter")):
         return Inert("--mm_tunable_parts leaves the projector out")
     return {"stage.learn.projector": value}
-
-
-@translates("image_aspect_ratio")
-def _aspect_ratio(value: Any, context: Context) -> dict[str, Any] | Inert:
-    if context.recipe.get("model.image.strategy", "slices") == "slices":
-        return Inert("slices keep every image's own shape, as in the published LLaVA-UHD code")
-    return {"model.image.strategy": value}
-
-
-@translates("mm_patch_merge_type")
-def _merge_type(value: Any, context: Context) -> dict[str, Any] | Inert:
-    if value == "flat" or context.recipe.get("model.image.strategy", "slices") == "slices":
-        return Inert("views are laid out by model.image.strategy and model.image.layout")
-    raise UserError(
-        f"--mm_patch_merge_type {value}: only 'flat' exists; the layout of views is chosen by "
-        "model.image.strategy"
-    )
 
 
 @translates("warmup_ratio")

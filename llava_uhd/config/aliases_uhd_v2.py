@@ -14,6 +14,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from llava_uhd.config.aliases_onevision import (
+    LAYOUT,
+    NEWLINE_LEARNS,
+    STRATEGY,
+    UPSAMPLER_KEYS,
+    newline_with_language_model,
+    plain_projector,
+)
 from llava_uhd.config.flags import (
     Context,
     Inert,
@@ -26,10 +34,17 @@ from llava_uhd.config.flags import (
 from llava_uhd.errors import UserError
 
 RESAMPLER, HIWIN = "spatial_resampler", "hiwin"
-UPSAMPLER_KEYS = ("stage.learn.upsampler", "stage.learn.upsampler_fixup")
 
 # Scales of a model that a flag turns into v2: the default of the published mask, 7.
 DEFAULT_SCALES = [1, 2, 4]
+
+# What a flag that turns another model into LLaVA-UHD does to its images.
+SLICES: dict[str, Any] = {
+    STRATEGY: "slices",
+    LAYOUT: "slices",
+    "model.image.several": "same",
+    NEWLINE_LEARNS: False,
+}
 
 
 @dataclass(frozen=True)
@@ -111,7 +126,9 @@ def _kind_of_model(value: Any, context: Context) -> dict[str, Any] | Inert:
     if name is not None and name not in PROJECTOR_NAMES:
         if mode is not None:
             raise UserError(f"--mm_projector_type {name} does not belong to a LLaVA-UHD mode")
-        return {"model.projector.type": name}
+        was_uhd = current in (RESAMPLER, HIWIN) and context.recipe.get(STRATEGY) == "slices"
+        plain = plain_projector(name, context, was_uhd)
+        return plain | (_renamed(context, "llava") if STRATEGY in plain else {})
     kind, queries = PROJECTOR_NAMES[name] if name is not None else (None, None)
     if mode is not None and kind not in (None, mode.projector):
         raise UserError(
@@ -123,7 +140,7 @@ def _kind_of_model(value: Any, context: Context) -> dict[str, Any] | Inert:
     if queries is not None:
         keys["model.projector.num_queries"] = queries
     if mode is not None:
-        keys["model.image.layout"] = mode.layout
+        keys[LAYOUT] = mode.layout
     if kind == RESAMPLER:
         keys["model.projector.scales"] = [1]
         keys |= {"model.upsampler_file": None, **dict.fromkeys(UPSAMPLER_KEYS, False)}
@@ -135,6 +152,8 @@ def _kind_of_model(value: Any, context: Context) -> dict[str, Any] | Inert:
     if kind != current:
         suffix = mode.suffix if mode is not None else {RESAMPLER: "uhd_v1"}.get(kind, "uhd_v2")
         keys |= _renamed(context, suffix)
+    if current not in (RESAMPLER, HIWIN):
+        keys = {**SLICES, **keys}
     return keys
 
 
@@ -204,10 +223,11 @@ def _tunable_parts(value: Any, context: Context) -> dict[str, Any] | Inert:
         raise UserError(
             f"--mm_tunable_parts {value}: a comma-separated list of {', '.join(LEARNING_PARTS)}"
         )
-    return {
+    learn = {
         f"stage.learn.{part}": _rate(part, name in names, context)
         for name, part in LEARNING_PARTS.items()
     }
+    return learn | newline_with_language_model("mm_language_model" in names, context)
 
 
 @translates("mm_vision_tower_lr")
@@ -223,7 +243,8 @@ def _unfreezes(name: str, part: str) -> None:
     def translate(value: Any, context: Context) -> dict[str, Any] | Inert:
         if not true_or_false(name, value):
             return Inert("what learns stands in stage.learn")
-        return {f"stage.learn.{part}": _rate(part, True, context)}
+        newline = newline_with_language_model(True, context) if part == "language_model" else {}
+        return {f"stage.learn.{part}": _rate(part, True, context), **newline}
 
     translates(name)(translate)
 
@@ -234,19 +255,9 @@ _unfreezes("unfreeze_language_model", "language_model")
 
 takes_keys({"attn_implementation": "model.attn_implementation"})
 
-_TILES = "it belongs to the tiles of LLaVA-NeXT; model.image.strategy plans the views"
-_POOLING = "it belongs to the pooled video frames of LLaVA-NeXT"
 _RESAMPLERS = "it belongs to resamplers that the published code makes and never calls"
-_VIDEO = "there are no videos in this training"
 inert(
     {
-        "image_grid_pinpoints": _TILES,
-        "image_crop_resolution": _TILES,
-        "image_split_resolution": _TILES,
-        "mm_newline_position": _TILES,
-        "mm_spatial_pool_stride": _POOLING,
-        "mm_spatial_pool_mode": _POOLING,
-        "mm_spatial_pool_out_channels": _POOLING,
         "mm_resampler_type": _RESAMPLERS,
         **dict.fromkeys(
             [f"mm_mask_drop_{name}" for name in ("mode", "skip_percentage", "ratio")]
@@ -258,14 +269,6 @@ inert(
         "pos_skipping_range": "positions are never skipped in training",
         "s2_scales": "it only matters with --s2 True",
         "rope_scaling_type": "it only matters with --rope_scaling_factor",
-        "video_folder": _VIDEO,
-        "video_fps": _VIDEO,
-        "frames_upbound": _VIDEO,
-        "add_time_instruction": _VIDEO,
-        "force_sample": _VIDEO,
-        "add_faster_video": _VIDEO,
-        "faster_token_stride": _VIDEO,
-        "early_mix_text": "the published code reads it nowhere",
         "vision_tower_pretrained": "the vision tower's own folder has its weights",
         "delay_load": "parts are loaded when the model is built",
         "fted_encoder": "a checkpoint's own vision tower is always read",

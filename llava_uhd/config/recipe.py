@@ -47,7 +47,7 @@ RIVALS: dict[str, tuple[str, ...]] = {
     ),
     "model.language_model": ("model.checkpoint",),
     "data.path": ("data.embedded",),
-    "data.embedded": ("data.path", "data.image_folder"),
+    "data.embedded": ("data.path", "data.image_folder", "data.video_folder"),
     "trainer.global_batch_size": ("trainer.gradient_accumulation_steps",),
     "trainer.gradient_accumulation_steps": ("trainer.global_batch_size",),
     "trainer.num_train_epochs": ("trainer.max_steps",),
@@ -251,9 +251,13 @@ def _short_forms(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def apply_layer(flat: Flat, layer: Flat, kind: RecipeKind[Any]) -> None:
-    """Puts dotted keys onto a recipe; later choices displace their rivals."""
+    """Puts dotted keys onto a recipe; later choices displace their rivals.
+
+    A checkpoint in another one's place keeps what was set beside that one.
+    """
     for key, rivals in kind.rivals.items():
-        if layer.get(key) is not None:
+        replaced = key == "model.checkpoint" and flat.get(key) is not None
+        if layer.get(key) is not None and not replaced:
             for rival in rivals:
                 if rival not in layer:
                     clear(flat, rival)
