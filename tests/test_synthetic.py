@@ -176,7 +176,7 @@ def test_records_are_valid_llava_json(tmp_path: Path) -> None:
 
 
 def test_mistakes_are_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"data\.embedded 'quickstarts'.*debug, quickstart"):
+    with pytest.raises(UserError, match=r"data\.embedded 'quickstarts'.*debug, debug_mixed, quickstart"):
         embedded_split("quickstarts", "finetune", tmp_path)
     with pytest.raises(UserError, match="no part 'anneal'"):
         embedded_split("debug", "anneal", tmp_path)

@@ -168,7 +168,7 @@ def test_embedded_pictures_are_drawn_and_kept_apart() -> None:
     assert all(tile.shape == (64, 64, 3) for tile in tiles)
     assert len({tile.tobytes() for tile in tiles}) == len(tiles)
     assert np.array_equal(tiles[3], np.asarray(open_pictures(data).train[3].open()))
-    with pytest.raises(UserError, match="'none' is not one of debug, quickstart"):
+    with pytest.raises(UserError, match="'none' is not one of debug, debug_mixed, quickstart"):
         open_pictures(PictureConfig(embedded="none", **CALM))
     pickle.dumps(found.train)  # loader processes may be started anew
 

@@ -41,6 +41,7 @@ from llava_uhd.data.drawing import (
     overlaps,
     render,
 )
+from llava_uhd.data.synthetic_mixed import write_mixed
 from llava_uhd.errors import UserError, command, make_folder
 from llava_uhd.images.geometry import SlicePlan, plan_slices
 
@@ -88,12 +89,14 @@ class SyntheticConfig:
         train: large pictures for the second stage.
         eval: held-out pictures, each with a question about the sign and one about the mark.
         seed: of everything.
+        mixed: the second stage has records of every kind, see `llava_uhd.data.synthetic_mixed`.
     """
 
     tiles: int = 8000
     train: int = 4800
     eval: int = 200
     seed: int = 0
+    mixed: bool = False
 
     def __post_init__(self) -> None:
         for name in ("tiles", "train", "eval"):
@@ -105,6 +108,7 @@ class SyntheticConfig:
 EMBEDDED = {
     "quickstart": SyntheticConfig(),
     "debug": SyntheticConfig(tiles=16, train=16, eval=4),
+    "debug_mixed": SyntheticConfig(tiles=16, train=16, eval=4, mixed=True),
 }
 
 
@@ -115,10 +119,12 @@ class Split:
     Attributes:
         file: LLaVA JSON, or JSONL of questions.
         image_folder: its image paths are relative to it.
+        video_folder: the same for videos; None without any.
     """
 
     file: Path
     image_folder: Path
+    video_folder: Path | None = None
 
 
 def is_held_out(text: str) -> bool:
@@ -309,6 +315,8 @@ def generate(out: Path, config: SyntheticConfig) -> bool:
         False if the folder held this very data set already, and nothing was done.
     """
     stamp = {"format": FORMAT, **dataclasses.asdict(config)}
+    if not config.mixed:
+        del stamp["mixed"]  # sets drawn before there were mixed ones stay as they are
     stamp_file = out / "synthetic.json"
     if stamp_file.is_file() and stamp_file.read_text(encoding="utf-8") == json.dumps(stamp):
         return False
@@ -319,7 +327,10 @@ def generate(out: Path, config: SyntheticConfig) -> bool:
     tiles = (tile_scene(seed, index) for index in range(config.tiles))
     _write_stage(out, "pretrain", tiles, _caption_turns)
     train = (large_scene(seed, index, "finetune") for index in range(config.train))
-    _write_stage(out, "finetune", train, finetune_turns)
+    if config.mixed:
+        write_mixed(out, list(train), SIGN_QUESTION, write_picture)
+    else:
+        _write_stage(out, "finetune", train, finetune_turns)
     with (out / "eval.jsonl").open("w", encoding="utf-8") as stream:
         for index in range(config.eval):
             scene = large_scene(seed, index, "eval")
@@ -353,7 +364,8 @@ def embedded_split(name: str, part: str, root: Path) -> Split:
     out = root / name
     generate(out, EMBEDDED[name])
     suffix = "jsonl" if part == "eval" else "json"
-    return Split(out / f"{part}.{suffix}", out / "images")
+    videos = out / "videos" if part == "finetune" and EMBEDDED[name].mixed else None
+    return Split(out / f"{part}.{suffix}", out / "images", videos)
 
 
 def main() -> None:

@@ -19,7 +19,11 @@ def use_embedded(recipe: Recipe) -> Recipe:
 
     split = embedded_split(name, recipe.stage.name, Path("playground/data"))
     data = dataclasses.replace(
-        recipe.data, embedded=None, path=str(split.file), image_folder=str(split.image_folder)
+        recipe.data,
+        embedded=None,
+        path=str(split.file),
+        image_folder=str(split.image_folder),
+        video_folder=None if split.video_folder is None else str(split.video_folder),
     )
     return dataclasses.replace(recipe, data=data)
 
