@@ -32,6 +32,12 @@ def test_sets_are_pairs_of_recipes() -> None:
     assert sets["debug"] == ("debug/pretrain", "debug/finetune")
     assert {"uhd_v1/vicuna13b", "uhd_v2/qwen2_7b", "quickstart"} <= set(sets)
     assert "quickstart/blurred" not in sets, "it has no first stage of its own"
+    assert {"llava_1_5/vicuna7b", "llava_1_5/vicuna13b"} <= set(sets)
+    stages = ("stage1", "stage1_5", "stage2_si", "stage2_ov")
+    for size in ("0_5b", "7b", "72b"):
+        expected = tuple(f"onevision/{stage}_qwen2_{size}" for stage in stages)
+        assert sets[f"onevision/qwen2_{size}"] == expected
+    assert not any("lora" in name or "task" in name for name in sets)
 
 
 def test_a_set_without_options_is_its_recipes() -> None:
@@ -69,6 +75,37 @@ def test_the_second_stage_reads_the_first() -> None:
         assert given.recipe.model.projector_file == "mine"
 
 
+def test_four_stages_in_a_row() -> None:
+    plan = plan_of("onevision/qwen2_7b")
+    assert [step.options for step in plan.steps] == [[], [], [], []], "the recipes are linked"
+    words = "--stage2_si.learning_rate 1e-6 --stage1.data.path a.json --output_dir out --bf16"
+    plan = plan_of(f"onevision/qwen2_0_5b {words}")
+    recipes = [step.recipe for step in plan.steps]
+    folders = ["out-stage1", "out-stage1_5", "out-stage2_si", "out"]
+    assert [recipe.output_dir for recipe in recipes] == folders
+    assert [recipe.trainer.arguments["learning_rate"] for recipe in recipes] == [
+        1e-3,
+        1e-5,
+        1e-6,
+        1e-5,
+    ]
+    assert recipes[0].data.path == "a.json" != recipes[1].data.path
+    assert recipes[1].model.projector_file == "out-stage1"
+    assert [recipe.model.checkpoint for recipe in recipes[2:]] == folders[1:3]
+    assert recipes[2].model.image.max_tiles == 9, "what the recipe sets beside it stays"
+    moved = plan_of("onevision/qwen2_7b --stage1_5.output_dir elsewhere").steps
+    assert moved[1].recipe.output_dir == moved[2].recipe.model.checkpoint == "elsewhere"
+    assert moved[3].options == []
+
+
+def test_four_stages_at_debug_size() -> None:
+    recipes = [step.recipe for step in plan_of("onevision/qwen2_7b --debug").steps]
+    folders = [recipe.output_dir for recipe in recipes]
+    assert all(folder.startswith("checkpoints/debug/onevision/") for folder in folders)
+    assert recipes[1].model.projector_file == folders[0] and recipes[1].model.checkpoint is None
+    assert [recipe.model.checkpoint for recipe in recipes[2:]] == folders[1:3]
+
+
 def test_the_evaluation() -> None:
     words = "--evaluate a,b --evaluate.limit 5"
     assert plan_of(f"uhd_v2/vicuna7b {words}").evaluate == ["--tasks", "a,b", "--limit", "5"]
@@ -91,6 +128,7 @@ def test_the_evaluation() -> None:
         ("debug --evaluate.limit 5", "--evaluate.limit needs --evaluate"),
         ("debug --learning_rte 1", "unknown option '--learning_rte'"),
         ("debug --finetune.lerning_rate 1", "unknown option '--lerning_rate'"),
+        ("onevision/qwen2_7b --finetune.learning_rate 1", "unknown key 'finetune.learning_rate'"),
     ],
 )
 def test_mistakes(text: str, message: str) -> None:

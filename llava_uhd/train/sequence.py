@@ -1,18 +1,20 @@
-"""Both stages of a recipe set in a row, and the evaluation of the result.
+"""All stages of a recipe set in a row, and the evaluation of the result.
 
 ::
 
     python -m llava_uhd.train.sequence SET [--evaluate [TASKS]] [--section.key value ...]
 
 SET is FOLDER/NAME for the recipes FOLDER/pretrain_NAME and FOLDER/finetune_NAME, or a folder that
-holds recipes called pretrain and finetune. Options go to both stages; --pretrain.OPTION,
---finetune.OPTION and --evaluate.OPTION to one of them; --output_dir DIR to the second stage, the
-first one then writes DIR-pretrain. A stage that is finished is not trained again, and one that was
-broken off goes on from its last checkpoint: after an interruption repeat the command.
+holds recipes called pretrain and finetune; onevision/NAME has the four stages stage1, stage1_5,
+stage2_si and stage2_ov. Options go to all stages; --pretrain.OPTION, --stage1.OPTION, ... and
+--evaluate.OPTION to one of them; --output_dir DIR to the last stage, the others then write
+DIR-pretrain, DIR-stage1, ... A stage that is finished is not trained again, and one that was broken
+off goes on from its last checkpoint: after an interruption repeat the command.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import subprocess
@@ -27,7 +29,9 @@ from llava_uhd.errors import UserError, command
 from llava_uhd.registry import nearest_hint
 from llava_uhd.train.output import is_finished
 
-STAGES = ("pretrain", "finetune")
+# Stages of a set, in their order: LLaVA-1.5 and LLaVA-UHD; LLaVA-OneVision.
+SEQUENCES = (("pretrain", "finetune"), ("stage1", "stage1_5", "stage2_si", "stage2_ov"))
+STAGES = tuple(stage for sequence in SEQUENCES for stage in sequence)
 EVALUATE = "evaluate"
 OUTPUT_OPTIONS = ("output_dir", "trainer.output_dir")
 
@@ -40,7 +44,7 @@ class Step:
     """One stage of the sequence.
 
     Attributes:
-        stage: "pretrain" or "finetune".
+        stage: one of `STAGES`.
         name: of the recipe.
         options: of the command line.
     """
@@ -78,12 +82,19 @@ def recipe_sets() -> dict[str, tuple[str, ...]]:
     sets = {}
     for last in sorted(names):
         folder, _, recipe = last.rpartition("/")
-        if recipe == STAGES[-1]:
-            sets[folder] = tuple(f"{folder}/{stage}" for stage in STAGES)
-        elif recipe.startswith(f"{STAGES[-1]}_"):
-            own = recipe.removeprefix(f"{STAGES[-1]}_")
-            sets[f"{folder}/{own}"] = tuple(f"{folder}/{stage}_{own}" for stage in STAGES)
+        for stages in SEQUENCES:
+            if recipe == stages[-1]:
+                sets[folder] = tuple(f"{folder}/{stage}" for stage in stages)
+            elif recipe.startswith(f"{stages[-1]}_"):
+                own = recipe.removeprefix(f"{stages[-1]}_")
+                sets[f"{folder}/{own}"] = tuple(f"{folder}/{stage}_{own}" for stage in stages)
     return {name: recipes for name, recipes in sets.items() if names.issuperset(recipes)}
+
+
+def stages_of(recipes: Sequence[str]) -> tuple[str, ...]:
+    """Stages of the recipes of a set, one of `SEQUENCES`."""
+    first = recipes[0].rpartition("/")[2]
+    return next(stages for stages in SEQUENCES if f"{first}_".startswith(f"{stages[0]}_"))
 
 
 def split_options(words: Sequence[str]) -> list[Option]:
@@ -113,7 +124,8 @@ def make_plan(name: str, words: Sequence[str]) -> Plan:
     if name not in sets:
         hint = nearest_hint(name, list(sets))
         raise UserError(f"unknown recipe set '{name}'{hint} (known: {', '.join(sets)})")
-    plan = Plan([Step(stage, recipe, []) for stage, recipe in zip(STAGES, sets[name], strict=True)])
+    stages = stages_of(sets[name])
+    plan = Plan([Step(stage, recipe, []) for stage, recipe in zip(stages, sets[name], strict=True)])
     own: list[str] = []  # of the evaluation
     for flag, *values in split_options(words):
         option, equals, value = flag[2:].partition("=")
@@ -131,7 +143,7 @@ def make_plan(name: str, words: Sequence[str]) -> Plan:
             for step in plan.steps:
                 if head == step.stage and rest:
                     step.options += [f"--{rest}", *values]
-                elif head not in STAGES:
+                elif head not in stages:
                     step.options += [f"--{option}", *values]
     if own and plan.evaluate is None:
         raise UserError(f"{own[0].replace('--', f'--{EVALUATE}.')} needs --{EVALUATE}")
@@ -142,19 +154,22 @@ def make_plan(name: str, words: Sequence[str]) -> Plan:
 
 
 def link(plan: Plan) -> None:
-    """Lets the second stage read what the first one writes, unless its options name another place.
+    """Lets each stage read what the one before writes, unless its options name another place.
 
     The recipes of a set do that already; options such as --debug move the folders.
     """
-    first, second = plan.steps
-    written, recipe = first.recipe.output_dir, second.recipe
-    for key in ("checkpoint", "projector_file"):
-        found = getattr(recipe.model, key)
-        flags = {f"--model.{key}", "--pretrain_mm_mlp_adapter"}
-        if found == written or flags.intersection(second.options):
-            return
-    key = "checkpoint" if recipe.model.checkpoint is not None else "projector_file"
-    second.options += [f"--model.{key}", written]
+    for first, second in itertools.pairwise(plan.steps):
+        written, recipe = first.recipe.output_dir, second.recipe
+        model = recipe.model
+        named = {"--model.checkpoint", "--model.projector_file", "--pretrain_mm_mlp_adapter"}
+        if named.intersection(second.options) or written in (
+            model.checkpoint,
+            model.projector_file,
+        ):
+            continue
+        # What a recipe over a checkpoint reads is a checkpoint also where --debug left it out.
+        whole = load_recipe(second.name).model.checkpoint is not None
+        second.options += [f"--model.{'checkpoint' if whole else 'projector_file'}", written]
 
 
 def evaluation(plan: Plan, words: list[str]) -> list[str]:
@@ -188,7 +203,8 @@ def run(plan: Plan, scripts: Path) -> int:
             print(f"{step.name}: finished ({recipe.output_dir}), not trained again", flush=True)
             continue
         print(f"{step.name}: training, into {recipe.output_dir}", flush=True)
-        status = call(scripts / f"{step.stage}.sh", step.name, *step.options)
+        script = "pretrain.sh" if step is plan.steps[0] else "finetune.sh"
+        status = call(scripts / script, step.name, *step.options)
         if status:
             return status
     if plan.evaluate is None:
