@@ -33,6 +33,7 @@ SECTIONS = {
     "model": training.ModelSection,
     "model.projector": model_config.ProjectorConfig,
     "model.image": model_config.ImageConfig,
+    "model.video": model_config.VideoConfig,
     "data": training.DataConfig,
     "stage": training.StageConfig,
     "trainer": training.TrainerConfig,
@@ -148,7 +149,7 @@ def test_no_recipe_key_is_undocumented() -> None:
 
 def test_model_configuration_keys() -> None:
     values = llava_uhd.LlavaUHDConfig().to_dict()
-    for section in ("projector", "image"):
+    for section in ("projector", "image", "video"):
         keys = {key.rpartition(".")[2] for key in table(f"model.{section}")}
         assert set(values[section]) == keys
     assert {"vision_config", "text_config", "template", "select_layer"} < set(values)
