@@ -222,6 +222,10 @@ def test_workers_do_not_change_the_run(train: Train) -> None:
 
 @pytest.mark.parametrize("recipe", [name for name in list_recipes()])
 def test_every_recipe_runs_a_step_in_debug_size(train: Train, workplace: Path, recipe: str) -> None:
+    if "lora" in recipe:
+        pytest.importorskip("peft")
+        if "qlora" in recipe:
+            pytest.importorskip("bitsandbytes")
     words = [] if recipe.startswith("debug/") else ["--debug"]
     words += ["--trainer.max_steps", "1", "--model.projector_file", "null"]
     assert load_recipe(recipe, words).debug

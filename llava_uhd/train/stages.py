@@ -88,15 +88,24 @@ def apply_stage(model: LlavaUHDForConditionalGeneration, stage: StageConfig) -> 
         parameter.requires_grad_(learns(part, stage) and own)
     for part in stage.learn:
         if part not in present:
-            projector = model.config.projector
             raise UserError(
-                f"stage.learn.{part}: the projector {projector.type} with scales "
-                f"{list(projector.scales)} has no upsampler: leave it out "
+                f"stage.learn.{part}: {_why_absent(part, model)}: leave it out "
                 f"(--stage.learn.{part} false)"
             )
     positions = getattr(model.projector, "pos_embed", None)
     if positions is not None and not model.config.projector.train_positions:
         positions.requires_grad_(False)
+
+
+def _why_absent(part: str, model: LlavaUHDForConditionalGeneration) -> str:
+    """Why a model has no weights of a part."""
+    projector = model.config.projector
+    if part == "image_newline":
+        return f"the layout {model.config.image.layout} has no learned newline, only 'unpad' has"
+    if part in UPSAMPLER_PARTS:
+        scales = list(projector.scales)
+        return f"the projector {projector.type} with scales {scales} has no upsampler"
+    return f"the model has no weights there (projector {projector.type})"
 
 
 def part_reports(
