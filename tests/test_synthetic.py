@@ -27,6 +27,7 @@ from llava_uhd.data.synthetic import (
     sign_cut,
     tile_scene,
 )
+from llava_uhd.data.synthetic_mixed import turning_sign
 from llava_uhd.errors import UserError
 from llava_uhd.images.geometry import plan_slices
 
@@ -175,8 +176,29 @@ def test_records_are_valid_llava_json(tmp_path: Path) -> None:
     assert len(read_records([str(first.file)], str(first.image_folder))) == 16
 
 
+def test_mixed_records_have_sets_of_their_own(tmp_path: Path) -> None:
+    """Sets drawn before there were mixed ones are not drawn again."""
+    generate(tmp_path / "plain", SyntheticConfig(1, 1, 1))
+    stamp = json.loads((tmp_path / "plain/synthetic.json").read_text())
+    assert set(stamp) == {"format", "tiles", "train", "eval", "seed"}
+    mixed = SyntheticConfig(1, 4, 1, mixed=True)
+    assert generate(tmp_path / "mixed", mixed) and not generate(tmp_path / "mixed", mixed)
+    records = json.loads((tmp_path / "mixed/finetune.json").read_text())
+    assert [record["id"] for record in records] == [f"mixed-{index}" for index in range(4)]
+
+
+def test_a_video_of_a_turning_sign() -> None:
+    scene = large_scene(0, 0, "finetune")
+    texts = [frame.signs[0].text for frame in turning_sign(scene)]
+    first = scene.signs[0].text
+    assert texts[0] == texts[3] == first and texts[1] == first[1:] + first[0]
+    assert {frame.size for frame in turning_sign(scene)} == {scene.size}
+
+
 def test_mistakes_are_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"data\.embedded 'quickstarts'.*debug, debug_mixed, quickstart"):
+    with pytest.raises(
+        UserError, match=r"data\.embedded 'quickstarts'.*debug, debug_mixed, quickstart"
+    ):
         embedded_split("quickstarts", "finetune", tmp_path)
     with pytest.raises(UserError, match="no part 'anneal'"):
         embedded_split("debug", "anneal", tmp_path)

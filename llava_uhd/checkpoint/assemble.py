@@ -271,12 +271,15 @@ def _from_parts(
         new.append("projector")
     if section.upsampler_file is not None:
         state |= read_upsampler(section.upsampler_file, config)
+    if config.has_newline:
+        new.append("image_newline")
     processor = LlavaUHDProcessor.from_parts(tokenizer, config)
     options: dict[str, Any] = {
         "what": "the recipe's model",
         "dtype": dtype,
         "attn_implementation": section.attn_implementation,
-        "may_miss": tuple(f"{part}." for part in new),
+        # (The newline is a parameter, the others are modules.)
+        "may_miss": tuple(part if part == "image_newline" else f"{part}." for part in new),
     }
     original: Tensors = {}
     if "quantization" in storage and "language_model" in new:
