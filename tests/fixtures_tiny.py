@@ -25,7 +25,7 @@ VISION: dict[str, Any] = {
 LLAMA: dict[str, Any] = {
     "model_type": "llama",
     "hidden_size": 64,
-    "intermediate_size": 128,
+    "intermediate_size": 96,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
