@@ -7,6 +7,7 @@ The four names below are what most programs need. They are loaded on first use, 
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
     from llava_uhd.text.processor import LlavaUHDProcessor
 
 __version__ = "0.1.0"
+
+# On a CPU, bitsandbytes warns at import of a faster kernel that it could not fetch, and the trainer
+# of transformers imports it where it is installed: no command is about that.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 __all__ = [
     "LlavaUHDConfig",

@@ -287,6 +287,7 @@ class LlavaUHDProcessor(ProcessorMixin):
             self.tokenizer,
             [Turn(turn.role, _as_images(turn.text, videos)) for turn in turns],
             [each.ids for each in visuals],
+            max_length=max_length,
         )
         truncated = dropped = 0
         if max_length is not None:
