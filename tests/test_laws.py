@@ -34,6 +34,7 @@ FLOORS = {
     "inspect": 6,
     "launch": 6,
     "convert": 6,
+    "merge_lora": 6,
     "quickstart": 7,
 }
 NEVER = {("model", "text"), ("model", "data"), ("data", "model")}

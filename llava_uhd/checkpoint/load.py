@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from llava_uhd.checkpoint.lora import Wanted, is_lora, merged, open_lora
+from llava_uhd.checkpoint.lora import is_lora, merged, open_lora
+from llava_uhd.checkpoint.lora_base import Wanted
 from llava_uhd.checkpoint.lora_layers import attach
 from llava_uhd.checkpoint.manifest import read_manifest
 from llava_uhd.checkpoint.parts import (

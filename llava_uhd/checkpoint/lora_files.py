@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -9,15 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from llava_uhd.checkpoint.lora_layers import NAME, LoraLayer, base_name
+from llava_uhd.checkpoint.sources import ADAPTER_FILE
 from llava_uhd.checkpoint.weights import Tensors, read_json, read_tensors
 from llava_uhd.errors import UserError
 
 ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_FILE = "adapter_model.safetensors"
 ADAPTER_FILES = (ADAPTER_FILE, "adapter_model.bin")
 PREFIX = "base_model.model."
+# Of the base, in the metadata of our adapter files.
+FINGERPRINT = "llava_uhd_base"
 
 _KEY = re.compile(
     r"(?P<module>.+)\.(?P<kind>lora_A|lora_B|lora_magnitude_vector)"
@@ -102,6 +106,15 @@ def read_matrices(
     if not layers:
         raise UserError(f"{file} holds no adapter (no lora_A and lora_B matrices)")
     return layers, whole
+
+
+def read_fingerprint(folder: Path) -> list[float]:
+    """Of the base that an adapter was trained on; empty where the file does not say it."""
+    file = adapter_file(folder)
+    if file.suffix != ".safetensors":
+        return []
+    with safe_open(file, framework="pt") as opened:
+        return json.loads((opened.metadata() or {}).get(FINGERPRINT, "[]"))
 
 
 def _layer(

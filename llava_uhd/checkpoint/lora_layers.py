@@ -10,7 +10,7 @@ import dataclasses
 import importlib.util
 import re
 import warnings
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,6 +105,28 @@ def path_pattern(names: Collection[str], others: Iterable[str]) -> str:
     if all(name in wanted or not pattern.fullmatch(name) for name in others):
         return pattern.pattern
     return "|".join(re.escape(name) for name in sorted(names))
+
+
+def fingerprint(state: Mapping[str, torch.Tensor]) -> list[float]:
+    """A few numbers of a base that another base of the same shape does not share.
+
+    They are of the embedding table, which is neither quantised nor adapted; empty without one.
+    """
+    names = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight")
+    name = next((key for key in state if key.endswith(names) and state[key].ndim == 2), None)
+    if name is None or 0 in state[name].shape:
+        return []
+    rows, columns = state[name].shape
+    places = [(rows * i // 17, columns * (i + 1) // 19) for i in range(1, 17)]
+    return [float(f"{state[name][row, column].item():.3g}") for row, column in places]
+
+
+def other_base(first: Sequence[float], second: Sequence[float]) -> bool:
+    """Whether two fingerprints are of different weights, and not of one in two precisions."""
+    if len(first) != len(second) or not first:
+        return False
+    largest = max(map(abs, (*first, *second)))
+    return any(abs(a - b) > 0.02 * largest for a, b in zip(first, second, strict=True))
 
 
 def check_fit(adapter: Adapter, state: Mapping[str, torch.Tensor], base: str) -> None:

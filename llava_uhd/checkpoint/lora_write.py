@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
-from llava_uhd.checkpoint.lora import LANGUAGE_PREFIX, LEARNED_FILE
-from llava_uhd.checkpoint.lora_files import ADAPTER_FILE, PREFIX
-from llava_uhd.checkpoint.lora_layers import NAME, base_name, is_adapter_parameter, path_pattern
+from llava_uhd.checkpoint.lora_base import LANGUAGE_PREFIX, LEARNED_FILE
+from llava_uhd.checkpoint.lora_files import FINGERPRINT, PREFIX
+from llava_uhd.checkpoint.lora_layers import (
+    NAME,
+    base_name,
+    fingerprint,
+    is_adapter_parameter,
+    path_pattern,
+)
+from llava_uhd.checkpoint.sources import ADAPTER_FILE
 from llava_uhd.checkpoint.weights import Tensors
 from llava_uhd.model.modeling import LlavaUHDForConditionalGeneration
 from llava_uhd.text.processor import LlavaUHDProcessor
@@ -83,4 +91,5 @@ def _write_matrices(folder: Path, state: Mapping[str, torch.Tensor], prefix: str
             short = short.replace(f"_magnitude_vector.{NAME}.weight", "_magnitude_vector")
             short = short.replace(f".{NAME}.", ".")
             kept[PREFIX + short] = tensor.detach().cpu().contiguous()
-    save_file(kept, folder / ADAPTER_FILE, metadata={"format": "pt"})
+    facts = {"format": "pt", FINGERPRINT: json.dumps(fingerprint(state))}
+    save_file(kept, folder / ADAPTER_FILE, metadata=facts)

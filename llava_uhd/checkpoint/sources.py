@@ -12,6 +12,9 @@ from llava_uhd.checkpoint.weights import read_json, weight_files
 from llava_uhd.errors import UserError
 
 CHECKPOINT_FOLDERS = ("checkpoints", "checkpoints_new")
+# Weights of a LoRA training: the adapter, and in published folders the projector beside it.
+ADAPTER_FILE = "adapter_model.safetensors"
+PUBLISHED_LEARNED_FILE = "non_lora_trainables.bin"
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -80,7 +83,7 @@ def find_checkpoint(name: str | Path | None = None) -> str | Path:
 
 
 def _finished_models(root: Path, depth: int = 3) -> Iterator[tuple[float, Path]]:
-    """(time of the weights, folder) of whole models up to ``depth`` levels below ``root``."""
+    """(time of the weights, folder) of models up to ``depth`` levels below ``root``."""
     for place, names, files in os.walk(root):
         folder = Path(place)
         level = len(folder.relative_to(root).parts)
@@ -89,13 +92,14 @@ def _finished_models(root: Path, depth: int = 3) -> Iterator[tuple[float, Path]]
         if "config.json" not in files:
             continue
         try:
-            weights = weight_files(folder)
             kind = read_manifest(folder).get("kind", "model")
+            adapter = [folder / ADAPTER_FILE] if (folder / ADAPTER_FILE).is_file() else []
+            weights = adapter if kind == "lora" else weight_files(folder)
             config = read_json(folder / "config.json")
         except UserError:
             continue  # cut short while it was written or copied
         multimodal = config.get("model_type") == "llava_uhd" or "mm_projector_type" in config
-        if weights and kind == "model" and multimodal:
+        if weights and kind in ("model", "lora") and multimodal:
             yield max(file.stat().st_mtime for file in weights), folder
 
 
@@ -103,7 +107,11 @@ def _how_to_get(name: str) -> str:
     known = {
         "vicuna-7b-v1.5": "lmsys/vicuna-7b-v1.5",
         "vicuna-13b-v1.5": "lmsys/vicuna-13b-v1.5",
+        "Qwen2-0.5B-Instruct": "Qwen/Qwen2-0.5B-Instruct",
         "Qwen2-7B-Instruct": "Qwen/Qwen2-7B-Instruct",
+        "Qwen2-72B-Instruct": "Qwen/Qwen2-72B-Instruct",
+        "llava-v1.5-7b": "liuhaotian/llava-v1.5-7b",
+        "llava-onevision-qwen2-7b-si": "lmms-lab/llava-onevision-qwen2-7b-si",
         "clip-vit-large-patch14-336": "openai/clip-vit-large-patch14-336",
         "siglip-so400m-patch14-384": "google/siglip-so400m-patch14-384",
     }
@@ -115,7 +123,7 @@ def _how_to_get(name: str) -> str:
 def _fetch(name: str, what: str) -> Path:
     from huggingface_hub import HfApi, snapshot_download
 
-    kept = ["*.json", "*.model", "*.jinja", "*.txt", "*.safetensors"]
+    kept = ["*.json", "*.model", "*.jinja", "*.txt", "*.safetensors", PUBLISHED_LEARNED_FILE]
     try:
         try:
             files = HfApi().model_info(name).siblings or []

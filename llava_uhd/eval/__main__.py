@@ -58,7 +58,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     run.add_argument("--overwrite", action="store_true", help="throw earlier answers away")
     run.add_argument("--device", help="cuda, cuda:N, mps, cpu; default: the best one here")
     run.add_argument("--dtype", help="float32, bfloat16, float16; default: by device")
-    run.add_argument("--model-base", help="language model of a projector-only checkpoint")
+    run.add_argument("--model-base", help="base of a projector-only or LoRA checkpoint")
     run.add_argument("--vision-tower", help="folder of a tower that replaces the checkpoint's")
     score = commands.add_parser("score", help="score saved answers again, without a model")
     score.add_argument("results", type=Path, help="folder that a run wrote")

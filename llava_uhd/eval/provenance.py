@@ -43,6 +43,7 @@ def model_digest(folder: Path) -> str:
     """Hash of a model folder: its configuration, tokenizer and weights; 16 digits."""
     files = [folder / "config.json", *weight_files(folder)]
     names = ("*projector*", "tokenizer*", "processor_config.json", "*.jinja")
+    names += ("adapter_*", "non_lora_trainables.*")
     files += [path for name in names for path in sorted(folder.glob(name)) if path.is_file()]
     digest = hashlib.sha256()
     for path in files:

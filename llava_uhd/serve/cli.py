@@ -52,7 +52,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--model-path", help="folder, name under checkpoints/, or hub id; default: the newest one")
-    add("--model-base", help="language model of a projector-only checkpoint")
+    add("--model-base", help="base of a projector-only or LoRA checkpoint")
     add("--vision-tower", help="folder of a tower that replaces the checkpoint's")
     add("--image-file", nargs="+", action="extend", default=[], metavar="FILE_OR_URL",
         help="pictures for the first question; may be repeated")  # fmt: skip

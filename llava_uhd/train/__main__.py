@@ -14,7 +14,7 @@ from transformers import TrainingArguments, set_seed
 from transformers.utils import logging as library_logging
 
 from llava_uhd.checkpoint.assemble import Assembled, assemble, check_parts
-from llava_uhd.checkpoint.lora import KIND
+from llava_uhd.checkpoint.lora_base import KIND
 from llava_uhd.checkpoint.manifest import write_manifest
 from llava_uhd.config.recipe import list_recipes, load_recipe
 from llava_uhd.config.training import UPSAMPLER_PARTS, Recipe

@@ -14,7 +14,8 @@ from torch import nn
 from transformers import TrainingArguments
 
 from llava_uhd.checkpoint.assemble import Assembled
-from llava_uhd.checkpoint.lora import LANGUAGE_PREFIX, read_adapter
+from llava_uhd.checkpoint.lora import read_adapter
+from llava_uhd.checkpoint.lora_base import LANGUAGE_PREFIX
 from llava_uhd.checkpoint.lora_layers import (
     base_name,
     inject,
