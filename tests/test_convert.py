@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from llava_uhd import convert
 from llava_uhd.checkpoint import export
+from llava_uhd.checkpoint.differences import compare
 from llava_uhd.checkpoint.export import TARGETS, ExportOptions, export_checkpoint
 from llava_uhd.checkpoint.load import load_pretrained
 from llava_uhd.checkpoint.manifest import write_manifest
@@ -66,7 +67,7 @@ def test_published_to_ours_to_published(
 ) -> None:
     ours = save(tmp_path / "ours", loaded[name])
     out = tmp_path / "out"
-    notes = export_checkpoint(ours, CASES[name], out)
+    notes = export_checkpoint(ours, CASES[name], out).notes
     assert [note for note in notes if "tokenizer.model" not in note] == []
     values = json.loads((out / "config.json").read_text())
     layout = find_layout(values, list(load_file(out / "model.safetensors")))
@@ -90,7 +91,7 @@ def test_dead_weights_are_kept_on_request(
     """Then the file is the published one, bit for bit: a strict reader misses nothing."""
     ours = save(tmp_path / "ours", loaded[name])
     options = ExportOptions(keep_unused=folders[name], dtype=torch.bfloat16)
-    assert export_checkpoint(ours, CASES[name], tmp_path / "out", options) == []
+    assert export_checkpoint(ours, CASES[name], tmp_path / "out", options).notes == []
     published = load_file(folders[name] / "model.safetensors")
     written = load_file(tmp_path / "out/model.safetensors")
     assert written.keys() == published.keys()
@@ -217,7 +218,7 @@ def test_models_of_ours(target: str, options: dict[str, Any], tmp_path: Path) ->
 
 def test_settings_that_the_layout_does_not_say(tmp_path: Path) -> None:
     ours = save(tmp_path / "ours", make(image={"bounded": True, "max_slices": 7}))
-    notes = export_checkpoint(ours, "uhd_v2", tmp_path / "out")
+    notes = export_checkpoint(ours, "uhd_v2", tmp_path / "out").notes
     assert notes[0] == "image.max_slices is 7, the layout means 9"
     assert notes[1] == "image.bounded is True, the layout means False"
     assert len(notes) == 3 and "tokenizer.model" in notes[2]
@@ -264,7 +265,7 @@ def test_separators_of_a_new_training_are_no_constants() -> None:
     config = UHD_V2.make_config({**values, "vocab_size": 152064}, vision, [])
     config.image.comma_id, config.image.newline_id = 11, 198
     with pytest.raises(UserError, match=r"comma_id is 11, .* 29892; image\.newline_id is 198"):
-        export._compare(UHD_V2, {**values, "vocab_size": 152064}, config, {}, None)  # type: ignore[arg-type]
+        compare(UHD_V2, {**values, "vocab_size": 152064}, config, [], None)  # type: ignore[arg-type]
 
 
 def test_rotary_settings_survive() -> None:
@@ -301,4 +302,4 @@ def test_mistakes(changes: dict[str, str], message: str, tmp_path: Path) -> None
 
 def test_every_layout_can_be_written() -> None:
     slugs = [layout.slug for layout in LAYOUTS]
-    assert len(set(slugs)) == len(slugs) and TARGETS == (*slugs, "llava_uhd")
+    assert len(set(slugs)) == len(slugs) and TARGETS == (*slugs, "llava_uhd", "original")

@@ -1,25 +1,35 @@
-"""Writing a checkpoint in a published layout, or a published one in ours.
+"""Writing a checkpoint in a published layout, in that of transformers, or a published one in ours.
 
 A published configuration has fewer words than ours: what it cannot say is a constant of the
 published code. So the values are written, read back, and compared; a model that would come back as
-another one is refused.
+another one is refused. What was written is loaded again, and its logits are compared with those of
+the source.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import save_torch_state_dict
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from llava_uhd.checkpoint.load import build_model, open_checkpoint
+from llava_uhd.checkpoint.agreement import Agreement, check_agreement
+from llava_uhd.checkpoint.differences import compare
+from llava_uhd.checkpoint.library_files import (
+    add_unread,
+    generation_settings,
+    pixel_values,
+    placeholder_values,
+    with_placeholders,
+    with_rows,
+    write_processor,
+    write_tokens,
+)
+from llava_uhd.checkpoint.load import open_checkpoint
 from llava_uhd.checkpoint.manifest import read_manifest, write_manifest, write_whole
 from llava_uhd.checkpoint.parts import (
     PROJECTOR_FILE,
@@ -28,37 +38,36 @@ from llava_uhd.checkpoint.parts import (
     read_projector,
     read_tokenizer,
 )
-from llava_uhd.checkpoint.published import LAYOUTS, Layout, key_map, published_key
-from llava_uhd.checkpoint.published.towers import hub_name, tower_habits
+from llava_uhd.checkpoint.published import LAYOUTS, LIBRARY, Layout, find_layout, key_map
+from llava_uhd.checkpoint.published.families import own_layout
+from llava_uhd.checkpoint.published.library import PIXELS
 from llava_uhd.checkpoint.published.values import common_values, text_values
 from llava_uhd.checkpoint.published_folder import stored_names
+from llava_uhd.checkpoint.shards import parse_size, write_shards
 from llava_uhd.checkpoint.tokenizer_files import (
+    WORD_STARTS,
     check_tokenizer,
     holds_tokenizer,
     write_tokenizer,
 )
+from llava_uhd.checkpoint.tower_files import known_tower, tower_folder, write_tower
 from llava_uhd.checkpoint.weights import (
     Tensors,
+    check_state,
     read_folder,
     read_json,
     read_tensors,
     weight_files,
 )
-from llava_uhd.config.model import NORMALISATION, LlavaUHDConfig, make_config
+from llava_uhd.config.model import LlavaUHDConfig
 from llava_uhd.errors import UserError, make_folder
+from llava_uhd.model.modeling import LlavaUHDForConditionalGeneration
 from llava_uhd.registry import nearest_hint
-from llava_uhd.text.layout import single_token_id
-from llava_uhd.vision.towers import num_built_layers
+from llava_uhd.text.processor import LlavaUHDProcessor
 
-OURS = "llava_uhd"
-TARGETS = (*(layout.slug for layout in LAYOUTS), OURS)
+OURS, ORIGINAL = "llava_uhd", "original"
+TARGETS = (*(layout.slug for layout in LAYOUTS), OURS, ORIGINAL)
 MAX_SHARD = "5GB"
-
-# Settings of ours that change no weight and no usual number: noted, not refused.
-_FREE = {"image.bounded", "image.max_slices", "image.long_side"}
-_SKIPPED = {"image.image_token_id", "projector.form", "projector.train_positions"}
-_SKIPPED |= {"projector.round_boxes", "projector.initializer_range"}
-_HOUSEKEEPING = {"architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path"}
 
 
 @dataclass(frozen=True)
@@ -74,30 +83,61 @@ class ExportOptions:
         vision_tower: path or hub id that is recorded as the tower's; None chooses: the hub id of a
             known tower, else a folder that is written beside the weights.
         dtype: of the written weights; None keeps the stored one.
+        max_shard: size of the largest file of weights, for instance ``2GB``; None: `MAX_SHARD`.
+        check: load what was written and compare its logits with the source's.
     """
 
     keep_unused: Path | None = None
     tokenizer: Path | None = None
     vision_tower: str | None = None
     dtype: torch.dtype | None = None
+    max_shard: str | None = None
+    check: bool = True
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What `export_checkpoint` did.
+
+    Attributes:
+        layout: slug of the written layout.
+        notes: what the new layout does not say, as one line each.
+        agreement: of the logits of both; None where nothing was compared.
+    """
+
+    layout: str
+    notes: list[str] = field(default_factory=list)
+    agreement: Agreement | None = None
+
+
+@dataclass
+class _Source:
+    """What is converted: ``processor`` is None for a projector alone."""
+
+    folder: Path
+    config: LlavaUHDConfig
+    state: Tensors
+    tokenizer: PreTrainedTokenizerBase
+    processor: LlavaUHDProcessor | None
 
 
 def export_checkpoint(
     source: Path, target: str, out: Path, options: ExportOptions | None = None
-) -> list[str]:
+) -> Exported:
     """Writes a checkpoint in another layout.
 
+    Weights are mapped and written shard by shard. The check afterwards computes each model once.
+
     Args:
-        source: folder of a whole model, ours or published, or of a projector of ours.
-        target: one of `TARGETS`.
+        source: folder of a whole model, ours or published (of an adapter, it is merged), or of a
+            projector of ours.
+        target: one of `TARGETS`; "original" is the layout of the system that the model belongs to.
         out: new or empty folder.
         options: see there.
 
-    Returns:
-        What the new layout does not say, as one line each.
-
     Raises:
-        UserError: the layout cannot hold the model, or ``out`` holds something.
+        UserError: the layout cannot hold the model, ``out`` holds something, or what was written
+            computes something else.
     """
     options = options or ExportOptions()
     if target not in TARGETS:
@@ -105,170 +145,210 @@ def export_checkpoint(
         raise UserError(f"unknown layout '{target}'{hint} (known: {', '.join(TARGETS)})")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is not empty: choose another folder")
-    config, state, tokenizer, processor = _open(source)
-    if options.dtype is not None:
-        state = {key: _cast(tensor, options.dtype) for key, tensor in state.items()}
+    parse_size(options.max_shard or MAX_SHARD)  # before anything large is read
+    opened = _open(source)
     if target == OURS:
-        if processor is None:
-            raise UserError(f"{source} holds a projector only: it is in our layout already")
-        _write_ours(source, out, config, state, processor)
-        return []
-    layout = next(each for each in LAYOUTS if each.slug == target)
-    if options.tokenizer is not None:  # before the large files are written
-        check_tokenizer(options.tokenizer, tokenizer)
-    weights = {published_key(key, config): tensor for key, tensor in state.items()}
-    tower = options.vision_tower or _known_tower(config)
-    values = _published_values(layout, config, tower or tower_folder(config), weights)
-    if tokenizer.model_max_length < 10**9:  # libraries write "none" as a huge number
-        values["tokenizer_model_max_length"] = tokenizer.model_max_length
-    notes = _compare(layout, values, config, weights, tokenizer)
-    if options.keep_unused is not None:
-        weights |= _unused_weights(layout, config, options.keep_unused, weights, options.dtype)
-    make_folder(out, "output folder")
-    write_whole(out / "config.json", _json(values))
-    if tower is None:
-        _write_tower(out / tower_folder(config), config)
-    _write_weights(out, weights, whole=processor is not None)
-    folder = options.tokenizer or _tokenizer_source(source, tokenizer, options)
-    if (source / "generation_config.json").is_file():
-        shutil.copyfile(source / "generation_config.json", out / "generation_config.json")
-    return notes + write_tokenizer(out, tokenizer, folder, config.text_config.model_type)
+        layout, notes = None, _write_ours(opened, out, options)
+    else:
+        layout = _layout(target, opened)
+        opened.config = layout.prepare(opened.config)
+        write = _write_original if layout.additive else _write_library
+        notes = write(layout, opened, out, options)
+    agreement = None
+    if options.check and opened.processor is not None:
+        agreement = check_agreement(
+            source,
+            out,
+            opened.processor,
+            library=layout is LIBRARY,
+            rounded=options.dtype,
+        )
+    return Exported(layout.slug if layout else OURS, notes, agreement)
 
 
-def _open(source: Path) -> tuple[LlavaUHDConfig, Tensors, PreTrainedTokenizerBase, Any]:
-    """Configuration, weights, tokenizer, and the processor unless it is a projector only."""
+def _open(source: Path) -> _Source:
     if not weight_files(source) and (source / PROJECTOR_FILE).is_file():
         config = read_model_config(source)
-        return config, read_projector(source, config), read_tokenizer(source), None
+        state = read_projector(source, config)
+        return _Source(source, config, state, read_tokenizer(source), None)
     config, state, processor = open_checkpoint(source)
-    return config, state, processor.tokenizer, processor
+    return _Source(source, config, state, processor.tokenizer, processor)
 
 
-def _write_ours(
-    source: Path, out: Path, config: LlavaUHDConfig, state: Tensors, processor: Any
-) -> None:
-    dtypes = {tensor.dtype for tensor in state.values()}
-    dtype = next(iter(dtypes)) if len(dtypes) == 1 else torch.float32
-    model = build_model(config, state, what=f"checkpoint {source}", dtype=dtype)
-    make_folder(out, "output folder")
-    model.save_pretrained(out)
-    processor.save_pretrained(out)
-    write_manifest(out, kind="model", finished=True, template=config.template, source=str(source))
-
-
-def _tokenizer_source(
-    source: Path, tokenizer: PreTrainedTokenizerBase, options: ExportOptions
-) -> Path | None:
-    """A folder at hand with the published files of this tokenizer."""
-    recorded = read_manifest(source).get("language_model")
-    candidates = [options.keep_unused, Path(recorded) if isinstance(recorded, str) else None]
-    if read_json(source / "config.json").get("model_type") != OURS:
-        candidates.insert(0, source)
-    return next((each for each in candidates if each and holds_tokenizer(each, tokenizer)), None)
-
-
-# --- configuration --------------------------------------------------------------------------------
-
-
-def _published_values(
-    layout: Layout, config: LlavaUHDConfig, tower: str, weights: Tensors
-) -> dict[str, Any]:
-    if config.compression.method != "none":
-        raise UserError(
-            f"the {layout.name} layout has no compression, this model uses "
-            f"'{config.compression.method}'"
-        )
-    dtype = next(iter(weights.values())).dtype
-    return {
-        **text_values(config),
-        **common_values(config, tower),
-        **layout.write_config(config),
-        "torch_dtype": str(dtype).removeprefix("torch."),
-    }
-
-
-def tower_folder(config: LlavaUHDConfig) -> str:
-    """Name of the folder that describes a tower; the published code knows the family by it."""
-    return f"{tower_habits(config.vision_config).name}-vision-tower"
-
-
-def _known_tower(config: LlavaUHDConfig) -> str | None:
-    """Hub id of a well-known tower, if images are prepared as it is used to."""
-    vision = config.vision_config
-    usual = NORMALISATION.get(vision.model_type)
-    return hub_name(vision) if config.image.normalisation == usual else None
-
-
-def _compare(
-    layout: Layout,
-    values: dict[str, Any],
-    config: LlavaUHDConfig,
-    weights: Tensors,
-    tokenizer: PreTrainedTokenizerBase,
-) -> list[str]:
-    """What a reader of ``values`` would take for granted against what the model says.
-
-    Returns:
-        Notes on harmless differences.
+def _layout(target: str, source: _Source) -> Layout:
+    """The layout to write, which holds the model's kind of language model.
 
     Raises:
-        UserError: a difference that makes another model of it.
+        UserError: it does not.
     """
-    vision = make_config(config.vision_config, "vision_config")
-    vision.image_mean, vision.image_std = config.image.normalisation
-    again = layout.make_config(values, vision, list(weights))
-    for name, text in (("comma_id", ","), ("newline_id", "\n")):
-        if getattr(again.image, name) is None:
-            setattr(again.image, name, single_token_id(tokenizer, text))
-    notes: list[str] = []
-    refused: list[str] = []
-    for name, own, read in _settings(config, again):
-        line = f"{name} is {own}, the layout means {read}"
-        (notes if name in _FREE or name == "template" else refused).append(line)
-    if refused:
-        raise UserError(f"the {layout.name} layout cannot hold this model: {'; '.join(refused)}")
+    if target == ORIGINAL:
+        values = read_json(source.folder / "config.json")
+        own = find_layout(values, stored_names(source.folder))
+        layout = own if own is not None and own is not LIBRARY else own_layout(source.config)
+    else:
+        layout = next(each for each in LAYOUTS if each.slug == target)
+    kind = source.config.text_config.model_type
+    if layout.languages is not None and kind not in layout.languages:
+        raise UserError(
+            f"the {layout.name} layout has no '{kind}' language model, only "
+            f"{', '.join(layout.languages)}"
+        )
+    if source.config.compression.method != "none":
+        raise UserError(
+            f"the {layout.name} layout has no compression, this model uses "
+            f"'{source.config.compression.method}'"
+        )
+    return layout
+
+
+def _renamed(layout: Layout, source: _Source) -> Tensors:
+    """The weights under the layout's names; the source lets go of them."""
+    config, state = source.config, source.state
+    if config.text_config.tie_word_embeddings:
+        state.pop("language_model.lm_head.weight", None)  # the table itself
+    weights = {layout.keys.to_published(key, config): tensor for key, tensor in state.items()}
+    state.clear()
+    return weights
+
+
+def _cast(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+
+
+def _stored_dtype(weights: Tensors, options: ExportOptions) -> str:
+    dtype = options.dtype or next(iter(weights.values())).dtype
+    return str(dtype).removeprefix("torch.")
+
+
+def _limit(options: ExportOptions) -> int:
+    return parse_size(options.max_shard or MAX_SHARD)
+
+
+# --- ours -----------------------------------------------------------------------------------------
+
+
+def _write_ours(source: _Source, out: Path, options: ExportOptions) -> list[str]:
+    if source.processor is None:
+        raise UserError(f"{source.folder} holds a projector only: it is in our layout already")
+    config, state = source.config, source.state
+    with torch.device("meta"):
+        check_state(LlavaUHDForConditionalGeneration(config), state, f"checkpoint {source.folder}")
+    dtypes = {tensor.dtype for tensor in state.values()}
+    dtype = options.dtype or (next(iter(dtypes)) if len(dtypes) == 1 else torch.float32)
+    make_folder(out, "output folder")
+    config.architectures = [LlavaUHDForConditionalGeneration.__name__]
+    config.dtype = dtype
+    config.save_pretrained(out)
+    config.dtype = None
+    if config.text_config.tie_word_embeddings:
+        state.pop("language_model.lm_head.weight", None)
+    write_shards(out, state, _limit(options), lambda _, tensor: _cast(tensor, dtype))
+    _write_generation(source, out)
+    source.processor.save_pretrained(out)
+    write_manifest(
+        out, kind="model", finished=True, template=config.template, source=str(source.folder)
+    )
+    return []
+
+
+def _write_generation(source: _Source, out: Path) -> None:
+    file = source.folder / "generation_config.json"
+    if file.is_file():
+        shutil.copyfile(file, out / file.name)
+    elif source.processor is not None:
+        generation_settings(source.processor).save_pretrained(out)
+
+
+# --- transformers ---------------------------------------------------------------------------------
+
+
+def _write_library(layout: Layout, source: _Source, out: Path, options: ExportOptions) -> list[str]:
+    if source.processor is None:
+        raise UserError(
+            f"{source.folder} holds a projector only: train the whole model, or write {ORIGINAL}"
+        )
+    config = source.config
+    values = layout.write_config(config)
+    tokenizer = with_placeholders(source.tokenizer, config)
+    values = placeholder_values(values, tokenizer, config)
+    names = [layout.keys.to_published(key, config) for key in source.state]
+    read = {**values, PIXELS: pixel_values(config)}
+    notes = compare(layout, read, config, names, source.tokenizer)
+    weights = _renamed(layout, source)
+    add_unread(weights, config)
+    values["torch_dtype"] = _stored_dtype(weights, options)
+    rows = values["text_config"]["vocab_size"]
+    make_folder(out, "output folder")
+    write_whole(out / "config.json", _json(values))
+    write_shards(
+        out,
+        weights,
+        _limit(options),
+        lambda key, tensor: with_rows(key, _cast(tensor, options.dtype), rows),
+    )
+    folder = options.tokenizer or _tokenizer_source(source, options)
+    write_tokens(out, tokenizer, config, folder)
+    write_processor(out, config, values, source.processor)
+    _write_generation(source, out)
+    if WORD_STARTS in tokenizer.init_kwargs:
+        notes.append(
+            "the tokenizer of the new folder starts a word behind every token of its own: as the "
+            "original code does behind an image, unlike it behind the end of an earlier answer"
+        )
     return notes
 
 
-def _settings(own: LlavaUHDConfig, read: LlavaUHDConfig) -> Iterator[tuple[str, Any, Any]]:
-    """Name and both values of every setting in which two configurations differ."""
-    if own.template != read.template:
-        yield "template", own.template, read.template
-    depths = [
-        num_built_layers(each.vision_config.num_hidden_layers, each.select_layer)
-        for each in (own, read)
-    ]
-    if depths[0] != depths[1]:
-        yield "select_layer", own.select_layer, read.select_layer
-    for part in ("image", "projector"):
-        pairs = [dataclasses.asdict(getattr(each, part)) for each in (own, read)]
-        for values, each in zip(pairs, (own, read), strict=True):
-            if part == "projector":
-                values["num_heads"] = values["num_heads"] or max(each.hidden_size // 128, 1)
-                if values["type"] != "hiwin":
-                    values["scales"] = None  # read by nothing
-        for key, value in pairs[0].items():
-            if f"{part}.{key}" not in _SKIPPED and value != pairs[1][key]:
-                yield f"{part}.{key}", value, pairs[1][key]
-    first, second = (_plain_text(each.text_config) for each in (own, read))
-    for key in sorted(first.keys() | second.keys()):
-        if first.get(key) != second.get(key):
-            yield f"text_config.{key}", first.get(key), second.get(key)
+# --- original systems -----------------------------------------------------------------------------
 
 
-def _plain_text(text: PreTrainedConfig) -> dict[str, Any]:
-    return {key: value for key, value in text.to_dict().items() if key not in _HOUSEKEEPING}
+def _write_original(
+    layout: Layout, source: _Source, out: Path, options: ExportOptions
+) -> list[str]:
+    config, tokenizer = source.config, source.tokenizer
+    if options.tokenizer is not None:  # before the large files are written
+        check_tokenizer(options.tokenizer, tokenizer)
+    weights = _renamed(layout, source)
+    tower = options.vision_tower or known_tower(config)
+    values = {
+        **text_values(config),
+        **common_values(config, tower or tower_folder(config)),
+        **layout.write_config(config),
+        "torch_dtype": _stored_dtype(weights, options),
+    }
+    if tokenizer.model_max_length < 10**9:  # libraries write "none" as a huge number
+        values["tokenizer_model_max_length"] = tokenizer.model_max_length
+    notes = compare(layout, values, config, list(weights), tokenizer)
+    if options.keep_unused is not None:
+        weights |= _unused_weights(layout, config, options.keep_unused, weights)
+    make_folder(out, "output folder")
+    write_whole(out / "config.json", _json(values))
+    if tower is None:
+        write_tower(out / tower_folder(config), config)
+    if source.processor is not None:
+        write_shards(out, weights, _limit(options), lambda _, each: _cast(each, options.dtype))
+    else:
+        kept = {key: _cast(each, options.dtype).contiguous() for key, each in weights.items()}
+        torch.save(kept, out / PUBLISHED_PROJECTOR_FILE)
+    folder = options.tokenizer or _tokenizer_source(source, options)
+    file = source.folder / "generation_config.json"
+    if file.is_file():
+        shutil.copyfile(file, out / file.name)
+    return notes + write_tokenizer(out, tokenizer, folder, config.text_config.model_type)
 
 
-# --- files ----------------------------------------------------------------------------------------
+def _tokenizer_source(source: _Source, options: ExportOptions) -> Path | None:
+    """A folder at hand with the published files of this tokenizer."""
+    recorded = read_manifest(source.folder).get("language_model")
+    candidates = [options.keep_unused, Path(recorded) if isinstance(recorded, str) else None]
+    values = read_json(source.folder / "config.json")
+    if values.get("model_type") != OURS and not LIBRARY.matches(values, ()):
+        candidates.insert(0, source.folder)
+    tokenizer = source.tokenizer
+    return next((each for each in candidates if each and holds_tokenizer(each, tokenizer)), None)
 
 
 def _unused_weights(
-    layout: Layout,
-    config: LlavaUHDConfig,
-    folder: Path,
-    weights: Tensors,
-    dtype: torch.dtype | None,
+    layout: Layout, config: LlavaUHDConfig, folder: Path, weights: Tensors
 ) -> Tensors:
     """Weights of a published folder that the layout lists as unused."""
     names = stored_names(folder)
@@ -280,50 +360,9 @@ def _unused_weights(
         raise UserError(f"--keep-unused {folder}: {error}") from None
     dead = set(names) - used.keys() - weights.keys()
     if weight_files(folder):
-        found = read_folder(folder, dead.__contains__)
-    else:
-        tensors = read_tensors(folder / PUBLISHED_PROJECTOR_FILE)
-        found = {key: tensor for key, tensor in tensors if key in dead}
-    if dtype is not None:
-        found = {key: _cast(tensor, dtype) for key, tensor in found.items()}
-    return found
-
-
-def _write_weights(out: Path, weights: Tensors, whole: bool) -> None:
-    kept = {key: tensor.contiguous() for key, tensor in weights.items()}
-    if whole:
-        save_torch_state_dict(kept, out, max_shard_size=MAX_SHARD, metadata={"format": "pt"})
-    else:
-        torch.save(kept, out / PUBLISHED_PROJECTOR_FILE)
-
-
-def _write_tower(folder: Path, config: LlavaUHDConfig) -> None:
-    """Shape and normalisation of the tower; its weights are in the checkpoint."""
-    make_folder(folder, "output folder")
-    vision = config.vision_config
-    mean, std = config.image.normalisation
-    side = vision.image_size
-    values = {key: value for key, value in vision.to_dict().items() if key not in _HOUSEKEEPING}
-    write_whole(folder / "config.json", _json(values))
-    pixels = {
-        "image_processor_type": f"{'CLIP' if 'clip' in vision.model_type else 'Siglip'}"
-        "ImageProcessor",
-        "crop_size": {"height": side, "width": side},
-        "size": {"shortest_edge": side},
-        "do_resize": True,
-        "do_center_crop": True,
-        "do_normalize": True,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "resample": 3,
-        "image_mean": list(mean),
-        "image_std": list(std),
-    }
-    write_whole(folder / "preprocessor_config.json", _json(pixels))
-
-
-def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+        return read_folder(folder, dead.__contains__)
+    tensors = read_tensors(folder / PUBLISHED_PROJECTOR_FILE)
+    return {key: tensor for key, tensor in tensors if key in dead}
 
 
 def _json(values: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ from llava_uhd.checkpoint.parts import (
 from llava_uhd.checkpoint.published import Layout, find_layout, find_tower, key_map
 from llava_uhd.checkpoint.published.values import VDIM_KEYS, foreign_language_model
 from llava_uhd.checkpoint.sources import resolve_folder
+from llava_uhd.checkpoint.tokenizer_files import restore_word_starts
 from llava_uhd.checkpoint.vdim import UPSAMPLER_PREFIX, read_vdim
 from llava_uhd.checkpoint.weights import (
     Tensors,
@@ -130,6 +131,7 @@ def open_published(
         state = replace_tower(config, state, tower)
     source = folder if _has_tokenizer(folder) or base is None else Path(base)
     tokenizer = read_tokenizer(source)
+    restore_word_starts(tokenizer)
     for mark in getattr(TEMPLATES.get(config.template), "added_tokens", ()):
         if mark not in tokenizer.get_added_vocab():
             raise UserError(

@@ -7,20 +7,43 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from llava_uhd.checkpoint.manifest import write_whole
 from llava_uhd.checkpoint.parts import read_tokenizer
 from llava_uhd.errors import UserError
-from llava_uhd.text.templates import IMAGE_MARKER
+from llava_uhd.text.templates import IMAGE_MARKER, VIDEO_MARKER
 
 TOKENIZER_FILES = (
     *("tokenizer.model", "tokenizer.json", "tokenizer_config.json"),
     *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
 )
 
+# Classes by the language model's type, under names that all releases of the library know.
+TOKENIZER_CLASSES = {
+    "llama": "LlamaTokenizer",
+    "mistral": "LlamaTokenizer",
+    "qwen2": "Qwen2Tokenizer",
+    "qwen3": "Qwen2Tokenizer",
+}
+
+# Key of tokenizer_config.json: where words started before `set_word_starts`.
+WORD_STARTS = "original_word_starts"
+
+_ANY_CLASS = "PreTrainedTokenizerFast"
+
 # Written by newer libraries, unknown to the published ones.
-_NEW_SETTINGS = ("backend", "is_local", "local_files_only", "processor_class", "image_token")
+_NEW_SETTINGS = {
+    *("backend", "is_local", "local_files_only", "processor_class"),
+    *("image_token", "video_token"),
+}
+
+# Our placeholders, which the published code has no tokens for.
+_MARKERS = frozenset((IMAGE_MARKER, VIDEO_MARKER))
+
+# Read from tokenizer.model by the published code.
+_PIECES = ("llama", "mistral")
 
 
 def write_tokenizer(
@@ -42,7 +65,7 @@ def write_tokenizer(
             shutil.copyfile(file, out / file.name)
     else:
         _write_own(out, tokenizer, model_type)
-    if model_type == "llama" and not (out / "tokenizer.model").is_file():
+    if model_type in _PIECES and not (out / "tokenizer.model").is_file():
         return [
             "the published code reads Llama tokenizers from tokenizer.model, which is not at hand: "
             "copy the language model's there, or pass its folder with --tokenizer"
@@ -69,7 +92,8 @@ def holds_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> bool:
         return False
     first, second = ({**each.get_vocab()} for each in (tokenizer, other))
     for words in (first, second):
-        words.pop(IMAGE_MARKER, None)
+        for marker in _MARKERS:
+            words.pop(marker, None)
     return first == second
 
 
@@ -80,43 +104,120 @@ def _files(folder: Path) -> list[Path]:
 def _write_own(out: Path, tokenizer: PreTrainedTokenizerBase, model_type: str) -> None:
     tokenizer.save_pretrained(out)
     (out / "chat_template.jinja").unlink(missing_ok=True)
+    strip = _removable(tokenizer)
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         path = out / name
         if not path.is_file():
             continue
-        values = _without_marker(json.loads(path.read_text(encoding="utf-8")))
+        values = _without(strip, json.loads(path.read_text(encoding="utf-8")))
         if name == "tokenizer_config.json":
             values = {key: each for key, each in values.items() if key not in _NEW_SETTINGS}
-            if "extra_special_tokens" in values:
-                values["additional_special_tokens"] = values.pop("extra_special_tokens")
-            values["added_tokens_decoder"] = _added_tokens(tokenizer)
+            others = values.pop("extra_special_tokens", None)
+            if others is not None:
+                listed = others.values() if isinstance(others, dict) else others
+                values["additional_special_tokens"] = list(listed)
+            values["added_tokens_decoder"] = _without(strip, added_tokens(tokenizer))
         text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
         write_whole(path, text)
-    if model_type != "llama":
+    settle_class(out, tokenizer, model_type)
+    if model_type not in _PIECES:
         backend: Any = tokenizer
         backend.backend_tokenizer.model.save(str(out))  # vocab.json and merges.txt
 
 
-def _added_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, dict[str, Any]]:
+# Special tokens, spaces, bytes, and text that follows them.
+_SAMPLE = "A  first\n line, {end}then\tmore: 12,345 \u00e4\u4e2d {end} done.{begin}"
+
+
+def settle_class(out: Path, tokenizer: PreTrainedTokenizerBase, model_type: str) -> None:
+    """Names a class in ``tokenizer_config.json`` that every release of the library knows.
+
+    Newer releases build some classes anew instead of reading ``tokenizer.json``: the usual class of
+    the language model is only named if it gives the same ids.
+
+    Args:
+        out: folder with the tokenizer's files, and the model's ``config.json``.
+        tokenizer: that was written.
+        model_type: of the language model.
+    """
+    path = out / "tokenizer_config.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    begin, end = tokenizer.bos_token or "", tokenizer.eos_token or ""
+    sample = _SAMPLE.format(begin=begin, end=end)
+    for name in (TOKENIZER_CLASSES.get(model_type), _ANY_CLASS):
+        if name is None:
+            continue
+        values["tokenizer_class"] = name
+        write_whole(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+        if read_tokenizer(out)(sample)["input_ids"] == tokenizer(sample)["input_ids"]:
+            return
+
+
+def set_word_starts(tokenizer: PreTrainedTokenizerBase, old: str, new: str) -> bool:
+    """Changes where a Llama tokenizer puts the mark of a word's start, in place.
+
+    Args:
+        tokenizer: a fast tokenizer.
+        old: "first" (at the beginning of a text) or "always" (also after tokens such as ``</s>``).
+        new: the other.
+
+    Returns:
+        Whether it was ``old``; otherwise nothing is changed.
+    """
+    backend: Any = tokenizer
+    core = backend.backend_tokenizer
+    state = json.loads(core.to_str())
+    changed = 0
+    parts = [state.get("pre_tokenizer") or {}]
+    while parts:
+        part = parts.pop()
+        parts += part.get("pretokenizers", [])
+        if part.get("type") == "Metaspace" and part.get("prepend_scheme") == old:
+            part["prepend_scheme"] = new
+            changed += 1
+    if changed:
+        core.pre_tokenizer = Tokenizer.from_str(json.dumps(state)).pre_tokenizer
+    return changed > 0
+
+
+def restore_word_starts(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Undoes the change of a folder that was written for transformers' classes, in place."""
+    old = tokenizer.init_kwargs.pop(WORD_STARTS, None)
+    if old is not None and set_word_starts(tokenizer, "always", str(old)):
+        tokenizer.init_kwargs["legacy"] = False
+
+
+def _removable(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
+    """Markers that no other token follows: without them the others keep their ids.
+
+    A checkpoint of transformers may have a padding token behind its placeholder. Then it stays,
+    which the published code does not mind: it cuts the text at the marker before it reads tokens.
+    """
+    words = tokenizer.get_vocab()
+    own = {words[marker] for marker in _MARKERS if marker in words}
+    last = max((index for word, index in words.items() if word not in _MARKERS), default=-1)
+    return _MARKERS if not own or min(own) > last else frozenset()
+
+
+def added_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, dict[str, Any]]:
     """Tokens beside the vocabulary, with the ids that they must keep."""
     names = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
     table = getattr(tokenizer, "added_tokens_decoder", {})
     return {
         str(index): {name: getattr(token, name) for name in names}
         for index, token in sorted(table.items())
-        if token.content != IMAGE_MARKER
     }
 
 
-def _without_marker(value: Any) -> Any:
-    """A tokenizer file's values without the image placeholder."""
+def _without(words: frozenset[str], value: Any) -> Any:
+    """A tokenizer file's values without some tokens."""
+
+    def dropped(item: Any) -> bool:
+        content = item.get("content") if isinstance(item, dict) else item
+        return isinstance(content, str) and content in words
+
     if isinstance(value, list):
-        return [_without_marker(each) for each in value if not _is_marker(each)]
+        return [_without(words, each) for each in value if not dropped(each)]
     if isinstance(value, dict):
-        return {key: _without_marker(each) for key, each in value.items() if not _is_marker(each)}
+        return {key: _without(words, each) for key, each in value.items() if not dropped(each)}
     return value
-
-
-def _is_marker(value: Any) -> bool:
-    content = value.get("content") if isinstance(value, dict) else value
-    return content == IMAGE_MARKER

@@ -19,6 +19,7 @@ from llava_uhd.checkpoint.published.layout import (
     our_key,
     published_key,
 )
+from llava_uhd.checkpoint.published.library import LIBRARY
 from llava_uhd.checkpoint.published.llava import LLAVA_1_5, LLAVA_NEXT, LLAVA_ONEVISION
 from llava_uhd.checkpoint.published.towers import (
     CLIP_L_336,
@@ -30,7 +31,7 @@ from llava_uhd.checkpoint.published.towers import (
 from llava_uhd.checkpoint.published.uhd_v1 import UHD_V1
 from llava_uhd.checkpoint.published.uhd_v2 import UHD_V2, UHD_V2_OLD
 
-LAYOUTS = (UHD_V1, UHD_V2, UHD_V2_OLD, LLAVA_1_5, LLAVA_NEXT, LLAVA_ONEVISION)
+LAYOUTS = (UHD_V1, UHD_V2, UHD_V2_OLD, LLAVA_1_5, LLAVA_NEXT, LLAVA_ONEVISION, LIBRARY)
 
 
 def find_layout(config: dict[str, Any], names: Collection[str] = ()) -> Layout | None:
@@ -47,6 +48,7 @@ __all__ = [
     "CLIP_L_336",
     "KNOWN_TOWERS",
     "LAYOUTS",
+    "LIBRARY",
     "LLAVA_1_5",
     "LLAVA_NEXT",
     "LLAVA_ONEVISION",

@@ -98,6 +98,10 @@ def unchanged(values: Values, folder: Path) -> Values:
     return values
 
 
+def _as_it_is(config: LlavaUHDConfig) -> LlavaUHDConfig:
+    return config
+
+
 @dataclass(frozen=True)
 class Layout:
     """One published layout.
@@ -116,7 +120,9 @@ class Layout:
             tower, or None where it is not known.
         complete: (configuration values, folder) -> the same with what other files of the folder
             say.
-        videos: pooling and newlines of videos are part of the system.
+        additive: what `write_config` returns is added to what all original systems record;
+            otherwise it is the whole configuration.
+        prepare: an equal model in the terms of the layout, before it is written.
     """
 
     name: str
@@ -129,7 +135,8 @@ class Layout:
     keys: KeyRules = KeyRules()
     find_vision: Callable[[Values, Path, Shapes], PreTrainedConfig | None] = recorded_vision
     complete: Callable[[Values, Path], Values] = unchanged
-    videos: bool = False
+    additive: bool = True
+    prepare: Callable[[LlavaUHDConfig], LlavaUHDConfig] = _as_it_is
 
     def holds_tower(self, names: Iterable[str]) -> bool:
         """Whether the vision tower is among the weights."""

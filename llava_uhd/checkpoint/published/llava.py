@@ -28,6 +28,7 @@ from llava_uhd.checkpoint.published.towers import (
     read_recorded_tower,
     tower_config_of_weights,
     tower_habits,
+    usual_select_layer,
 )
 from llava_uhd.checkpoint.published.values import check_common, family, first_stage, text_config
 from llava_uhd.config.model import ImageConfig, LlavaUHDConfig, ProjectorConfig, VideoConfig
@@ -68,7 +69,7 @@ def _is_llava(values: Values) -> bool:
     kind = values.get("mm_projector_type")
     return (
         family(values) is not None
-        and "text_config" not in values
+        and not {"text_config", "vision_config"} & values.keys()
         and not {"feature_mode", "model_mode"} & values.keys()
         and not (isinstance(kind, str) and _PROJECTORS_OF_UHD.fullmatch(kind))
     )
@@ -317,6 +318,7 @@ LLAVA_1_5 = Layout(
     unused=UNUSED,
     languages=LLAVA_LANGUAGES,
     find_vision=find_vision,
+    prepare=usual_select_layer,
 )
 LLAVA_NEXT = Layout(
     name="LLaVA-NeXT",
@@ -327,6 +329,7 @@ LLAVA_NEXT = Layout(
     unused=UNUSED,
     languages=LLAVA_LANGUAGES,
     find_vision=find_vision,
+    prepare=usual_select_layer,
 )
 LLAVA_ONEVISION = Layout(
     name="LLaVA-OneVision",
@@ -337,5 +340,5 @@ LLAVA_ONEVISION = Layout(
     unused=UNUSED,
     languages=("qwen2",),
     find_vision=find_vision,
-    videos=True,
+    prepare=usual_select_layer,
 )

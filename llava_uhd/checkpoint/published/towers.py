@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import re
 from collections.abc import Mapping
@@ -202,6 +203,20 @@ def hub_name(vision: PreTrainedConfig) -> str | None:
         if all(getattr(vision, key, None) == value for key, value in values.items()):
             return f"{_HUB[vision.model_type]}/{name}"
     return None
+
+
+def usual_select_layer(config: LlavaUHDConfig) -> LlavaUHDConfig:
+    """An equal model that reads the last layer but one of its tower, unless it is a well-known one.
+
+    Which layers lie behind the one that is read makes no difference: they are not built. The
+    published code counts from the end of the whole tower.
+    """
+    if config.select_layer == -2 or hub_name(config.vision_config) is not None:
+        return config
+    equal = copy.deepcopy(config)
+    equal.vision_config.num_hidden_layers = tower_depth(config) + 1
+    equal.select_layer = -2
+    return equal
 
 
 def tower_depth(config: LlavaUHDConfig) -> int:

@@ -137,12 +137,20 @@ def text_values(config: LlavaUHDConfig) -> Values:
     }
     if values.get("head_dim") == text.hidden_size // text.num_attention_heads:
         del values["head_dim"]  # follows from the rest, as the published code takes for granted
-    rope = dict(values.pop("rope_parameters", None) or {})
-    values["rope_theta"] = rope.pop("rope_theta", 10000.0)
-    kind = rope.get("rope_type", "default")
-    rope.pop("rope_type", None)  # published readers take exactly "type" and "factor"
-    values["rope_scaling"] = None if kind == "default" else {"type": kind, **rope}
+    del values["rope_parameters"]
+    values |= rope_values(text)
+    if "rope_type" in (values["rope_scaling"] or {}):  # published readers take "type" and "factor"
+        rope = dict(values["rope_scaling"])
+        values["rope_scaling"] = {"type": rope.pop("rope_type"), **rope}
     return {**values, "architectures": [architecture], "model_type": model_type}
+
+
+def rope_values(text: PreTrainedConfig) -> Values:
+    """Rotary settings under the names of transformers 4.x: ``rope_theta`` and ``rope_scaling``."""
+    rope = dict(text.to_dict().get("rope_parameters") or {})
+    theta = rope.pop("rope_theta", 10000.0)
+    usual = rope.get("rope_type", "default") == "default"
+    return {"rope_theta": theta, "rope_scaling": None if usual else rope}
 
 
 def common_values(config: LlavaUHDConfig, tower: str) -> Values:
