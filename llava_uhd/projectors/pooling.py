@@ -119,7 +119,8 @@ def _table_matrices(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Bicubic resampling from ``side`` to the map's shape and pooling, in one matrix per axis."""
     matrices = []
-    with torch.inference_mode(False):  # as above
+    # As above; and kept for later calls, whatever precision this one computes in.
+    with torch.inference_mode(False), torch.autocast("cpu", enabled=False):
         for pooling in pooling_matrices(rows, columns, grid_size, round_to):
             # Along its second axis the identity keeps its size, which changes nothing there.
             resampling = F.interpolate(
