@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from fixtures_checkpoint import assert_same, copy, disturb, save
+from fixtures_checkpoint import assert_same, copy, disturb, save, split
 from fixtures_llava import QWEN2, SYSTEMS, make, tower
+from fixtures_tiny import LLAMA as LANGUAGE
+from fixtures_tiny import picture
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM, SiglipConfig, SiglipModel
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, SiglipConfig, SiglipModel
 
 from llava_uhd.checkpoint.export import ExportOptions, export_checkpoint
 from llava_uhd.checkpoint.load import load_pretrained
@@ -325,12 +327,40 @@ def test_projector_of_another_language_model(first_stage: dict[str, Path], tmp_p
 
 
 def test_start_and_end_tokens(tmp_path: Path) -> None:
-    parts = make(template="v1_im_start_end")
-    ours = save(tmp_path / "ours", parts)
-    export_checkpoint(ours, "llava_1_5", tmp_path / "out", ExportOptions(check=False))
-    assert json.loads((tmp_path / "out/config.json").read_text())["mm_use_im_start_end"] is True
+    """Models whose images stand between two learned tokens, which their tokenizer has."""
+    parts = make(template="v1_im_start_end", text={**LANGUAGE, "vocab_size": 512})
+    out = tmp_path / "out"
+    quiet = ExportOptions(check=False)
+    export_checkpoint(save(tmp_path / "ours", parts), "llava_1_5", out, quiet)
+    assert json.loads((out / "config.json").read_text())["mm_use_im_start_end"] is True
     with pytest.raises(UserError, match="has no token <im_start>, which stands beside every image"):
-        load_pretrained(tmp_path / "out")
+        load_pretrained(out)
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    tokenizer.add_tokens(["<im_start>", "<im_end>"], special_tokens=True)
+    tokenizer.save_pretrained(out)
+    model, processor = load_pretrained(out)
+    assert_same(parts[0], model)
+    content = [{"type": "image"}, {"type": "text", "text": "What?"}]
+    text = processor.apply_chat_template([{"role": "user", "content": content}])
+    ids = processor(text=text, images=[picture(50, 50)])["input_ids"][0].tolist()
+    start, end = processor.tokenizer.convert_tokens_to_ids(["<im_start>", "<im_end>"])
+    first = ids.index(start)
+    assert ids[first + 1 : ids.index(end)] == [processor.image_token_id] * 16
+    assert max(start, end) < 512
+
+
+def test_forms_of_the_weights(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Shards of safetensors, shards of ``.bin`` as first published, one file."""
+    expected, _ = load_pretrained(folders["llava_1_5"])
+    weights = stored(folders["llava_1_5"])
+    for binary in (False, True):
+        folder = copy(
+            folders["llava_1_5"], tmp_path / f"copy_{binary}", "*.safetensors", "*.index.json"
+        )
+        save_file(weights, folder / "model.safetensors")
+        assert_same(expected, load_pretrained(folder)[0])
+        split(folder, binary)
+        assert_same(expected, load_pretrained(folder)[0])
 
 
 def test_next_is_read_as_it_was_written(tmp_path: Path) -> None:

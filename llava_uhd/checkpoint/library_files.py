@@ -14,10 +14,9 @@ from llava_uhd.checkpoint.manifest import write_whole
 from llava_uhd.checkpoint.published.layout import Values
 from llava_uhd.checkpoint.published.library import class_of, has_class_token
 from llava_uhd.checkpoint.tokenizer_files import (
-    WORD_STARTS,
     added_tokens,
-    set_word_starts,
     settle_class,
+    start_words_everywhere,
 )
 from llava_uhd.checkpoint.weights import Tensors
 from llava_uhd.config.model import LlavaUHDConfig
@@ -53,8 +52,7 @@ def with_placeholders(
     tokenizer.add_special_tokens(
         {"additional_special_tokens": markers}, replace_extra_special_tokens=False
     )
-    if set_word_starts(tokenizer, "first", "always"):
-        tokenizer.init_kwargs |= {"legacy": True, WORD_STARTS: "first"}
+    start_words_everywhere(tokenizer)
     found = tokenizer.convert_tokens_to_ids(IMAGE_MARKER)
     if found != config.image.image_token_id:
         raise UserError(

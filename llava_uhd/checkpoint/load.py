@@ -59,9 +59,10 @@ def load_pretrained(
     """Loads a model and its processor.
 
     Args:
-        path: folder or hub id: one of ours, a published LLaVA-UHD checkpoint (v1, or v2 in either
-            dialect), a folder with only a projector or with a LoRA adapter, ours or published (the
-            rest then comes from ``base``).
+        path: folder or hub id: one of ours, a published one (LLaVA-UHD v1 or v2, LLaVA-1.5,
+            LLaVA-NeXT, LLaVA-OneVision, or transformers' own classes of the last three), a folder
+            with only a projector or with a LoRA adapter, ours or published (the rest then comes
+            from ``base``).
         base: language model of a projector-only or LoRA folder; of the latter also a whole
             multimodal checkpoint. None takes the recorded one.
         vision_tower: folder or hub id whose tower replaces the checkpoint's own.

@@ -28,8 +28,9 @@ TOKENIZER_CLASSES = {
     "qwen3": "Qwen2Tokenizer",
 }
 
-# Key of tokenizer_config.json: where words started before `set_word_starts`.
+# Key of tokenizer_config.json: what `start_words_everywhere` replaced.
 WORD_STARTS = "original_word_starts"
+_WORD = "\u2581"
 
 _ANY_CLASS = "PreTrainedTokenizerFast"
 
@@ -126,7 +127,7 @@ def _write_own(out: Path, tokenizer: PreTrainedTokenizerBase, model_type: str) -
 
 
 # Special tokens, spaces, bytes, and text that follows them.
-_SAMPLE = "A  first\n line, {end}then\tmore: 12,345 \u00e4\u4e2d {end} done.{begin}"
+_SAMPLE = "A  first\n line, {end}then{end} more\t: 12,345 \u00e4\u4e2d {end} done.{begin}"
 
 
 def settle_class(out: Path, tokenizer: PreTrainedTokenizerBase, model_type: str) -> None:
@@ -153,38 +154,48 @@ def settle_class(out: Path, tokenizer: PreTrainedTokenizerBase, model_type: str)
             return
 
 
-def set_word_starts(tokenizer: PreTrainedTokenizerBase, old: str, new: str) -> bool:
-    """Changes where a Llama tokenizer puts the mark of a word's start, in place.
+def start_words_everywhere(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Makes a Llama tokenizer mark a word's start behind every token of its own, in place.
 
-    Args:
-        tokenizer: a fast tokenizer.
-        old: "first" (at the beginning of a text) or "always" (also after tokens such as ``</s>``).
-        new: the other.
-
-    Returns:
-        Whether it was ``old``; otherwise nothing is changed.
+    Tokenizers of newer releases do it at the beginning of a text only. What was there before is
+    kept under `WORD_STARTS`; other tokenizers stay as they are.
     """
     backend: Any = tokenizer
     core = backend.backend_tokenizer
     state = json.loads(core.to_str())
-    changed = 0
     parts = [state.get("pre_tokenizer") or {}]
+    found = False
     while parts:
         part = parts.pop()
         parts += part.get("pretokenizers", [])
-        if part.get("type") == "Metaspace" and part.get("prepend_scheme") == old:
-            part["prepend_scheme"] = new
-            changed += 1
-    if changed:
-        core.pre_tokenizer = Tokenizer.from_str(json.dumps(state)).pre_tokenizer
-    return changed > 0
+        found |= part.get("type") == "Metaspace" and part.get("prepend_scheme") == "first"
+    if not found:
+        return
+    tokenizer.init_kwargs |= {
+        "legacy": True,
+        WORD_STARTS: json.dumps({key: state[key] for key in ("normalizer", "pre_tokenizer")}),
+    }
+    spaces = {"type": "Replace", "pattern": {"String": " "}, "content": _WORD}
+    steps = [{"type": "Prepend", "prepend": _WORD}, spaces]
+    _set_steps(core, {"normalizer": {"type": "Sequence", "normalizers": steps}})
 
 
 def restore_word_starts(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Undoes the change of a folder that was written for transformers' classes, in place."""
+    """Undoes `start_words_everywhere` in a tokenizer that was read from such a folder, in place."""
     old = tokenizer.init_kwargs.pop(WORD_STARTS, None)
-    if old is not None and set_word_starts(tokenizer, "always", str(old)):
+    if old is not None:
+        backend: Any = tokenizer
+        _set_steps(backend.backend_tokenizer, json.loads(str(old)))
         tokenizer.init_kwargs["legacy"] = False
+
+
+def _set_steps(core: Tokenizer, steps: dict[str, Any]) -> None:
+    """Replaces normaliser and pre-tokeniser, by their serialised forms."""
+    state = json.loads(core.to_str())
+    for key in ("normalizer", "pre_tokenizer"):
+        state[key] = steps.get(key)
+    made = Tokenizer.from_str(json.dumps(state))
+    core.normalizer, core.pre_tokenizer = made.normalizer, made.pre_tokenizer
 
 
 def _removable(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
