@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from llava_uhd.checkpoint.assemble import check_parts
 from llava_uhd.config.model import LlavaUHDConfig
 from llava_uhd.config.training import ModelSection
-from llava_uhd.data.dataset import move_image_first
+from llava_uhd.data.rows import place_marker
 from llava_uhd.errors import UserError
 from llava_uhd.text.encoding import IGNORE_INDEX
 from llava_uhd.text.faithful import encode_turns
@@ -169,7 +169,9 @@ def golden_cases(golden: Path, name: str) -> list[dict[str, Any]]:
 
 def golden_turns(case: dict[str, Any]) -> list[Turn]:
     turns = [
-        Turn(turn["from"], move_image_first(turn["value"]) if case["has_image"] else turn["value"])
+        Turn(
+            turn["from"], place_marker(turn["value"], True) if case["has_image"] else turn["value"]
+        )
         for turn in case["conversations"]
     ]
     return turns[1:] if turns[0].role == "gpt" else turns

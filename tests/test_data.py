@@ -18,7 +18,6 @@ from llava_uhd.data.dataset import (
     BrokenSample,
     ConversationDataset,
     build_dataset,
-    move_image_first,
 )
 from llava_uhd.data.sampler import SeededSampler
 from llava_uhd.errors import UserError
@@ -50,14 +49,6 @@ def encoded(dataset: ConversationDataset, index: int) -> dict[str, Any]:
     sample = dataset[index]
     assert isinstance(sample, dict)
     return sample
-
-
-def test_image_first() -> None:
-    assert move_image_first("What is it?\n<image>") == "<image>\nWhat is it?"
-    assert move_image_first("<image>") == "<image>"
-    assert move_image_first(" a <image> b ") == "<image>\na  b"
-    assert move_image_first("<image> or <image>?") == "<image> or <image>?"
-    assert move_image_first(" text ") == " text "
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from llava_uhd.config.model import (
     make_config,
 )
 from llava_uhd.config.training import ModelSection, TrainerConfig
-from llava_uhd.data.records import parse_row
+from llava_uhd.data.rows import parse_row
 from llava_uhd.errors import UserError
 from llava_uhd.images.pixels import open_image
 from llava_uhd.images.strategies import plan_image

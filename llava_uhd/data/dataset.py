@@ -1,9 +1,10 @@
-"""Records to training samples: images opened when needed, resized as published, encoded."""
+"""Records to training samples: images and videos opened when needed, resized, encoded."""
 
 from __future__ import annotations
 
 import logging
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,13 +13,17 @@ from PIL import Image
 from torch.utils.data import Dataset, get_worker_info
 
 from llava_uhd.config.training import DataConfig
+from llava_uhd.data.files import ImageRoot
 from llava_uhd.data.records import Record, Records, read_records
 from llava_uhd.errors import UserError
 from llava_uhd.images.geometry import Size, fit_long_side, six_slice_size
 from llava_uhd.images.pixels import open_image
-from llava_uhd.text.encoding import encode_spans
+from llava_uhd.images.video import Video, frame_size, num_frames, read_video, time_instruction
+from llava_uhd.text.encoding import Encoding
+from llava_uhd.text.faithful import encode_turns
 from llava_uhd.text.processor import LlavaUHDProcessor
-from llava_uhd.text.templates import IMAGE_MARKER, Turn
+from llava_uhd.text.templates import IMAGE_MARKER, VIDEO_MARKER, Turn
+from llava_uhd.text.visuals import marked
 
 logger = logging.getLogger(__name__)
 
@@ -33,22 +38,39 @@ ORIENTATION_TAG = 0x0112
 
 
 class BrokenSample(NamedTuple):
-    """Stands for a sample whose image cannot be read; the collator leaves it out."""
+    """Stands for a sample whose image or video cannot be read; the collator leaves it out."""
 
     where: str
     reason: str
 
 
-def move_image_first(text: str) -> str:
-    r"""Puts the single ``<image>`` of a turn on a line of its own at the front, as published.
+class BrokenFileError(UserError):
+    """An image or video cannot be read."""
 
-    Turns with none or several markers stay as they are.
 
-    Example: ``"What is it?\n<image>"`` becomes ``"<image>\nWhat is it?"``.
+def tell_times(turns: Sequence[Turn], sentences: Sequence[str]) -> list[Turn]:
+    r"""Adds what the model is told about the times of the frames of each video.
+
+    Of a single video in the first turn, as published: the marker, the sentence, then the text
+    without the marker. Of others: behind their markers.
+
+    Args:
+        turns: with one ``<video>`` per sentence.
+        sentences: from `time_instruction`.
+
+    Example: ``"<video>\nWhy?"`` becomes ``"<video>\nThe video lasts ...\n\nWhy?"``.
     """
-    if text.count(IMAGE_MARKER) != 1:
-        return text
-    return f"{IMAGE_MARKER}\n{text.replace(IMAGE_MARKER, '').strip()}".strip()
+    if len(sentences) == 1 and VIDEO_MARKER in turns[0].text:
+        rest = turns[0].text.replace(VIDEO_MARKER, "")
+        first = f"{VIDEO_MARKER}\n{sentences[0]}\n{rest}"
+        return [Turn(turns[0].role, first), *turns[1:]]
+    remaining = iter(sentences)
+    told = []
+    for turn in turns:
+        head, *pieces = turn.text.split(VIDEO_MARKER)
+        pieces = [f"{VIDEO_MARKER}\n{next(remaining)}\n{piece}" for piece in pieces]
+        told.append(Turn(turn.role, "".join([head, *pieces])))
+    return told
 
 
 class ConversationDataset(Dataset[dict[str, Any] | BrokenSample]):
@@ -107,24 +129,26 @@ class ConversationDataset(Dataset[dict[str, Any] | BrokenSample]):
         """Encodes one sample.
 
         Returns:
-            What `LlavaUHDProcessor.encode_conversation` returns, or a `BrokenSample` if an image is
-            broken and ``data.on_broken_image`` is "skip".
+            What `LlavaUHDProcessor.encode_conversation` returns, or a `BrokenSample` if an image or
+            video is broken and ``data.on_broken_image`` is "skip".
 
         Raises:
-            UserError: a broken image, too many of them, or a sample that does not fit; the message
-                has file, index and id.
+            UserError: a broken image or video, too many of them, or a sample that does not fit; the
+                message has file, index and id.
         """
         record = self.records[index]
         try:
             images = [self._open(path, index) for path in record.images]
+            videos = [self._open_video(path, index) for path in record.videos]
         except UserError as error:
             if self.config.on_broken_image == "error":
                 raise UserError(f"{self.records.where(index)}: {error}") from error
             return self._skip(index, str(error))
         try:
             sample = self.processor.encode_conversation(
-                self._turns(record),
+                self._turns(record, videos),
                 images,
+                videos,
                 overview_only=self.config.overview_only,
                 max_length=self.config.max_length,
                 overlong=self.config.overlong,
@@ -136,49 +160,104 @@ class ConversationDataset(Dataset[dict[str, Any] | BrokenSample]):
         return sample
 
     def token_length(self, index: int) -> int:
-        """True number of tokens of a sample before any cut, from image headers and geometry.
+        """True number of tokens of a sample before any cut, see `encoding`."""
+        return len(self.encoding(index).input_ids)
+
+    def encoding(self, index: int) -> Encoding:
+        """Ids and labels of a sample before any cut, without its pixels.
+
+        Sizes of images come from their headers, numbers of frames from those of videos; a video is
+        decoded only where the text tells the times of its frames. Separators inside an image stand
+        as placeholders.
 
         Raises:
-            UserError: an image header cannot be read.
+            BrokenFileError: a header cannot be read.
+            UserError: the sample does not fit; the message has file, index and id.
         """
         record = self.records[index]
-        placeholders = []
-        for path in record.images:
-            size = self._target_size(path, _header_size(path), index)
-            count = self.processor.num_image_tokens(*size, self.config.overview_only)
-            placeholders.append([self.processor.image_config.image_token_id or 0] * count)
-        spans = self.processor.template.spans(self._turns(record))
-        return len(encode_spans(self.processor.tokenizer, spans, placeholders).input_ids)
+        where = self.records.where(index)
+        processor, placeholder = self.processor, self.processor.image_token_id or 0
+        several = len(record.images) > 1
+        try:
+            sizes = [
+                self._target_size(path, self._size(path, index), index) for path in record.images
+            ]
+            videos = [self._open_video(path, index) for path in record.videos if self._tells_times]
+            lengths = {
+                IMAGE_MARKER: [
+                    processor.num_image_tokens(*size, self.config.overview_only, several)
+                    for size in sizes
+                ],
+                VIDEO_MARKER: [
+                    self._video_tokens(source, index) for source in (videos or record.videos)
+                ],
+            }
+        except UserError as error:
+            raise BrokenFileError(f"{where}: {error}") from error
+        try:
+            turns = self._turns(record, videos)
+            text = "".join(turn.text for turn in turns)
+            found = marked(text, len(record.images), len(record.videos))
+            return encode_turns(
+                processor.template_name,
+                processor.template_mode,
+                processor.tokenizer,
+                [_one_kind(turn, record) for turn in turns],
+                [[placeholder] * lengths[marker][place] for marker, place in found],
+                max_length=self.config.max_length,
+            )
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
 
-    def _turns(self, record: Record) -> list[Turn]:
-        if not self.config.image_first:
+    @property
+    def _tells_times(self) -> bool:
+        return self.processor.video_config.time_instruction
+
+    def _turns(self, record: Record, videos: Sequence[Video]) -> list[Turn]:
+        if not videos or not self._tells_times:
             return list(record.turns)
-        return [Turn(turn.role, move_image_first(turn.text)) for turn in record.turns]
+        return tell_times(record.turns, [time_instruction(video) for video in videos])
+
+    def _guard(self, path: Path, root: ImageRoot | None) -> None:
+        """Looks at links that were not looked at up front."""
+        if root is not None and not self.config.check_files:
+            root.check(path.relative_to(root.path).as_posix())
+
+    def _size(self, path: Path, index: int) -> Size:
+        self._guard(path, self.records.roots(index).images)
+        return _header_size(path)
 
     def _open(self, path: Path, index: int) -> Image.Image:
-        root = self.records.root
-        if root is not None and not self.config.check_files:
-            # Links were not looked at up front.
-            root.check(path.relative_to(root.path).as_posix())
+        self._guard(path, self.records.roots(index).images)
         image = open_image(path)
         size = self._target_size(path, image.size, index)
         if size != image.size:
             image = image.resize(size, Image.Resampling.BICUBIC)
         return image
 
-    def _name(self, path: Path) -> str:
+    def _open_video(self, path: Path, index: int) -> Video:
+        self._guard(path, self.records.roots(index).videos)
+        return read_video(path, self.processor.video_config)
+
+    def _video_tokens(self, source: Path | Video, index: int) -> int:
+        if isinstance(source, Path):
+            self._guard(source, self.records.roots(index).videos)
+        frames = num_frames(source, self.processor.video_config)
+        return self.processor.num_video_tokens(frames, *frame_size(source))
+
+    def _name(self, path: Path, index: int) -> str:
         """Path as the record gives it: the folder of all images has no say."""
-        root = self.records.root
+        root = self.records.roots(index).images
         return str(path) if root is None else str(path.relative_to(root.path))
 
-    def _is_textvqa(self, path: Path) -> bool:
-        name = self._name(path)
+    def _is_textvqa(self, path: Path, index: int) -> bool:
+        name = self._name(path, index)
         return "textvqa" in name or "TextVQA" in name
 
     def _target_size(self, path: Path, size: Size, index: int) -> Size:
         """Size after the published training resizes: TextVQA's, or else the six-slice one."""
         config = self.config
-        if config.textvqa_long_side is not None and self._is_textvqa(path):
+        if config.textvqa_long_side is not None and self._is_textvqa(path, index):
             if config.textvqa_only_enlarge and max(size) >= config.textvqa_long_side:
                 return size
             try:
@@ -218,6 +297,13 @@ class ConversationDataset(Dataset[dict[str, Any] | BrokenSample]):
         row[EPOCH_BROKEN] += amounts[COUNTS.index("broken")]
 
 
+def _one_kind(turn: Turn, record: Record) -> Turn:
+    """With the one kind of marker that templates know."""
+    if not record.videos:
+        return turn
+    return Turn(turn.role, turn.text.replace(VIDEO_MARKER, IMAGE_MARKER))
+
+
 def _header_size(path: Path) -> Size:
     """Size of a picture as it will be seen upright, without decoding it."""
     try:
@@ -238,6 +324,8 @@ def open_records(config: DataConfig) -> Records:
     return read_records(
         config.paths,
         config.image_folder,
+        config.video_folder,
+        image_first=config.image_first,
         check_files=config.check_files,
         follow_links=config.follow_links,
         missing=config.on_broken_image,

@@ -1,11 +1,15 @@
-"""Where data comes from, and image paths that must stay inside their folder."""
+"""Where data comes from: data files read as a stream, and paths that must stay in their folder."""
 
 from __future__ import annotations
 
 import enum
+import json
 import os
+import re
 import stat
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Literal
 
 from llava_uhd.errors import UserError
 
@@ -26,6 +30,10 @@ DATA_SOURCES = {
     ),
 }
 
+# Characters read at a time.
+CHUNK = 1 << 20
+BLANKS = re.compile(r"\s*")
+
 
 class ImageStatus(enum.Enum):
     """What `ImageRoot.check` found."""
@@ -36,59 +44,77 @@ class ImageStatus(enum.Enum):
 
 
 class ImageRoot:
-    """An image folder that no path may leave, neither by its text nor by a link.
+    """A folder of images or videos that no path may leave, neither by its text nor by a link.
 
     Args:
         path: of the folder.
         follow_links: allow links inside the folder that lead out of it.
+        kind: what lies there. A video may also be a folder of frames.
 
     Raises:
         UserError: the folder does not exist.
     """
 
-    def __init__(self, path: Path, follow_links: bool = False) -> None:
+    def __init__(
+        self, path: Path, follow_links: bool = False, kind: Literal["image", "video"] = "image"
+    ) -> None:
         if not path.is_dir():
             raise UserError(
-                f"image folder {path} does not exist: data.image_folder must name the folder that "
-                "the image paths of the data file are relative to"
+                f"{kind} folder {path} does not exist: data.{kind}_folder must name the folder "
+                f"that the {kind} paths of the data file are relative to"
             )
         self.path = path
         self.follow_links = follow_links
+        self.kind = kind
         self._prefix = os.path.join(path, "")
         self._real = os.path.realpath(path)
         # Images share few folders: each is resolved once.
         self._folders: dict[str, bool] = {}
 
-    def check(self, image: str, look: bool = True) -> ImageStatus:
-        """Checks one relative image path.
+    def check(self, name: str, look: bool = True) -> ImageStatus:
+        """Checks one relative path.
 
         Args:
-            image: as written in the data file.
+            name: as written in the data file.
             look: also look at the file system.
 
         Raises:
             UserError: the path leaves the folder.
         """
         # Both kinds of separators and drive letters: a data file may come from another system.
-        plain = image.replace("\\", "/")
-        if "\0" in image or plain.startswith("/") or plain[1:2] == ":" or ".." in plain.split("/"):
-            raise UserError(f"image path {image!r} is refused: it must stay inside {self.path}")
+        plain = name.replace("\\", "/")
+        if "\0" in name or plain.startswith("/") or plain[1:2] == ":" or ".." in plain.split("/"):
+            raise UserError(
+                f"{self.kind} path {name!r} is refused: it must stay inside {self.path}"
+            )
         if not look:
             return ImageStatus.UNCHECKED
-        return self._look(image)
+        return self._look(name)
 
-    def _look(self, image: str) -> ImageStatus:
-        file = f"{self._prefix}{image}"
+    def _look(self, name: str) -> ImageStatus:
+        file = f"{self._prefix}{name}"
         try:
             mode = os.lstat(file).st_mode
         except OSError:
             return ImageStatus.MISSING
-        self._refuse_leaving_links(image, file, stat.S_ISLNK(mode))
-        if stat.S_ISLNK(mode):
-            return ImageStatus.PRESENT if os.path.isfile(file) else ImageStatus.MISSING
-        return ImageStatus.PRESENT if stat.S_ISREG(mode) else ImageStatus.MISSING
+        self._refuse_leaving_links(name, file, stat.S_ISLNK(mode))
+        if stat.S_ISREG(mode):
+            return ImageStatus.PRESENT
+        if self.kind == "video" and os.path.isdir(file):
+            self._check_frames(name, file)
+            return ImageStatus.PRESENT
+        linked = stat.S_ISLNK(mode) and os.path.isfile(file)
+        return ImageStatus.PRESENT if linked else ImageStatus.MISSING
 
-    def _refuse_leaving_links(self, image: str, file: str, is_link: bool) -> None:
+    def _check_frames(self, name: str, folder: str) -> None:
+        """Looks at the files of a folder of frames."""
+        if self.follow_links:
+            return
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                self._refuse_leaving_links(f"{name}/{entry.name}", entry.path, entry.is_symlink())
+
+    def _refuse_leaving_links(self, name: str, file: str, is_link: bool) -> None:
         if self.follow_links:
             return
         folder = os.path.dirname(file)
@@ -96,10 +122,88 @@ class ImageRoot:
             self._folders[folder] = self._inside(folder)
         if not self._folders[folder] or (is_link and not self._inside(file)):
             raise UserError(
-                f"image path {image!r} is refused: a link leads out of {self.path} "
+                f"{self.kind} path {name!r} is refused: a link leads out of {self.path} "
                 "(set data.follow_links: true if the link is yours)"
             )
 
     def _inside(self, path: str) -> bool:
         real = os.path.realpath(path)
         return real == self._real or real.startswith(self._real.rstrip(os.sep) + os.sep)
+
+
+def check_data_file(file: Path) -> None:
+    """Raises UserError if a data file is not there; a published one is told how to get."""
+    if file.is_file():
+        return
+    what = "is a folder, not a data file" if file.is_dir() else "does not exist"
+    source = DATA_SOURCES.get(file.name)
+    if source:
+        raise UserError(f"data file {file} {what}: it is {source}")
+    raise UserError(
+        f"data file {file} {what}: data.path must name a JSON list (or JSON lines) of samples with "
+        '"image" and "conversations", or a YAML mixture of such files'
+    )
+
+
+def iterate_rows(file: Path) -> Iterator[tuple[int, Any]]:
+    """Yields (index, decoded value) of a JSON list or of JSON lines, holding one at a time.
+
+    Raises:
+        UserError: not JSON; the message has the index.
+    """
+    try:
+        with file.open(encoding="utf-8-sig") as stream:
+            head = stream.read(1)
+            while head and head.isspace():
+                head = stream.read(1)
+            if head == "[":
+                yield from _iterate_list(stream, file)
+            elif head:
+                stream.seek(0)
+                yield from _iterate_lines(stream, file)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not a UTF-8 text file: {error}") from error
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error}") from error
+
+
+def _iterate_lines(stream: Any, file: Path) -> Iterator[tuple[int, Any]]:
+    index = 0
+    for number, line in enumerate(stream, 1):
+        if not line.strip():
+            continue
+        try:
+            yield index, json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{file}, line {number} is not valid JSON: {error.msg}") from error
+        index += 1
+
+
+def _iterate_list(stream: Any, file: Path) -> Iterator[tuple[int, Any]]:
+    """Decodes the items of a list whose opening bracket has been read."""
+    decoder = json.JSONDecoder()
+    buffer, position, index, size = "", 0, 0, CHUNK
+    while True:
+        start = BLANKS.match(buffer, position).end()  # type: ignore[union-attr]
+        if buffer[start : start + 1] == "]":
+            if (buffer[start + 1 :] + stream.read()).strip():
+                raise UserError(f"{file} goes on after the end of its list: one list per file")
+            return
+        if index and start < len(buffer):
+            if buffer[start] != ",":
+                raise UserError(f"{file} is not valid JSON: no comma after record {index - 1}")
+            start = BLANKS.match(buffer, start + 1).end()  # type: ignore[union-attr]
+        try:
+            value, position = decoder.raw_decode(buffer, start)
+        except json.JSONDecodeError as error:
+            # Either the item is cut at the end of the buffer, or it is wrong: read on to know.
+            more = stream.read(size)
+            if not more:
+                raise UserError(
+                    f"{file} is not valid JSON at record {index}: {error.msg} (cut short?)"
+                ) from error
+            buffer, position = buffer[position:] + more, 0
+            size = max(CHUNK, len(buffer))
+            continue
+        yield index, value
+        index, size = index + 1, CHUNK

@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from llava_uhd.data.files import ImageRoot
-from llava_uhd.data.records import iterate_rows
+from llava_uhd.data.files import ImageRoot, iterate_rows
 from llava_uhd.errors import UserError
 from llava_uhd.eval.generate import image_size
 from llava_uhd.eval.metrics import exact_match, place_accuracy
