@@ -19,26 +19,12 @@ from llava_uhd.checkpoint.lora_base import (
     recorded_path,
     with_tower,
 )
-from llava_uhd.checkpoint.lora_layers import (
-    Adapter,
-    base_name,
-    check_fit,
-)
-from llava_uhd.checkpoint.parts import (
-    read_language_model,
-    read_tokenizer,
-)
-from llava_uhd.checkpoint.published import (
-    find_layout,
-    find_tower,
-)
+from llava_uhd.checkpoint.lora_layers import Adapter, base_name, check_fit
+from llava_uhd.checkpoint.parts import read_language_model
+from llava_uhd.checkpoint.published import find_layout, find_tower
 from llava_uhd.checkpoint.published.values import FAMILIES, family
-from llava_uhd.checkpoint.weights import (
-    Tensors,
-    read_json,
-    read_tensors,
-    weight_names,
-)
+from llava_uhd.checkpoint.published_folder import has_tokenizer, published_processor
+from llava_uhd.checkpoint.weights import Tensors, read_json, read_tensors, weight_names
 from llava_uhd.config.model import LlavaUHDConfig
 from llava_uhd.errors import UserError
 from llava_uhd.text.processor import LlavaUHDProcessor
@@ -51,9 +37,10 @@ def open_published_lora(files: LoraFiles, wanted: Wanted) -> tuple[Opened, Adapt
     recorded = files.settings.get("base_model_name_or_path") or values.get("_name_or_path")
     base = base_folder(files, wanted, recorded)
     own: LlavaUHDConfig | None = None
+    own_processor: LlavaUHDProcessor | None = None
     names = list(learned)
     if is_multimodal(base):
-        own, state, _ = wanted.open_whole(base, None, wanted.vision_tower)
+        own, state, own_processor = wanted.open_whole(base, None, wanted.vision_tower)
         names += weight_names(base)
     else:
         state = read_language_model(base)
@@ -80,8 +67,10 @@ def open_published_lora(files: LoraFiles, wanted: Wanted) -> tuple[Opened, Adapt
     absent = not any(name.startswith("vision_tower.") for name in state)
     if wanted.vision_tower is not None or absent:
         state = with_tower(files, config, state, tower)
-    tokens = folder if _has_tokenizer(folder) else base
-    processor = LlavaUHDProcessor.from_parts(read_tokenizer(tokens), config)
+    if own_processor is not None and not has_tokenizer(folder):
+        processor = LlavaUHDProcessor.from_parts(own_processor.tokenizer, config)
+    else:
+        processor = published_processor(folder if has_tokenizer(folder) else base, config)
     return (config, state, processor), adapter
 
 
@@ -108,7 +97,3 @@ def _with_family(values: dict[str, Any], base: Path, own: LlavaUHDConfig | None)
     if family(values) is not None or language not in FAMILIES:
         return values
     return {**values, "architectures": [FAMILIES[language][0]]}
-
-
-def _has_tokenizer(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))

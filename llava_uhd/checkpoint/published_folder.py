@@ -129,7 +129,20 @@ def open_published(
                 "here: pass vision_tower=FOLDER"
             )
         state = replace_tower(config, state, tower)
-    source = folder if _has_tokenizer(folder) or base is None else Path(base)
+    source = folder if has_tokenizer(folder) or base is None else Path(base)
+    return config, state, published_processor(source, config)
+
+
+def published_processor(source: Path, config: LlavaUHDConfig) -> LlavaUHDProcessor:
+    """Processor of a published model.
+
+    Args:
+        source: folder with its tokenizer.
+        config: of the model.
+
+    Raises:
+        UserError: no usable tokenizer, or one without the learned tokens of the template.
+    """
     tokenizer = read_tokenizer(source)
     restore_word_starts(tokenizer)
     for mark in getattr(TEMPLATES.get(config.template), "added_tokens", ()):
@@ -138,7 +151,7 @@ def open_published(
                 f"{source} has no token {mark}, which stands beside every image of this model "
                 "(mm_use_im_start_end): copy the tokenizer files that were saved with it there"
             )
-    return config, state, LlavaUHDProcessor.from_parts(tokenizer, config)
+    return LlavaUHDProcessor.from_parts(tokenizer, config)
 
 
 def _tower_folder(
@@ -200,7 +213,8 @@ def _recorded_upsampler(
     )
 
 
-def _has_tokenizer(folder: Path) -> bool:
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder brings a tokenizer of its own."""
     return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
 
 
