@@ -111,6 +111,14 @@ def test_published_folders_stay_in_their_layout(golden: Path, tmp_path: Path) ->
     assert done.layout == "uhd_v1"
 
 
+@pytest.mark.parametrize("target", ["transformers", "original"])
+def test_videos_of_a_system_without_them_are_noted(target: str, tmp_path: Path) -> None:
+    parts = make(video={"pool_stride": 2})
+    done = export_checkpoint(save(tmp_path / "ours", parts), target, tmp_path / "out")
+    assert done.notes[0] == "video.pool_stride is 2, the layout means 1"
+    assert done.agreement is not None and "video" not in done.agreement.prompts
+
+
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_original_layouts_come_back(name: str, tmp_path: Path) -> None:
     parts = make(**SYSTEMS[name])

@@ -91,6 +91,9 @@ def test_transformers_computes_the_same(name: str, tmp_path: Path) -> None:
     library, report = CLASSES[system].from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     assert library.config.model_type == KINDS[system]
+    text = json.loads((tmp_path / "out/config.json").read_text())["text_config"]
+    language = parts[0].language_model
+    assert text["architectures"] == [type(language).__name__]
     assert largest(parts, library.eval()) <= 1e-4
     again = load_pretrained(tmp_path / "out")
     assert largest(again, library) <= 1e-4

@@ -182,6 +182,7 @@ def check_agreement(
     processor: LlavaUHDProcessor,
     *,
     library: bool,
+    videos: bool,
     rounded: torch.dtype | None = None,
 ) -> Agreement:
     """Computes the logits of both, one after the other.
@@ -191,13 +192,13 @@ def check_agreement(
         out: what was written.
         processor: of the source.
         library: ``out`` is for transformers' own classes, which then compute it.
+        videos: both know videos, and read them alike.
         rounded: dtype that the weights were converted to, or None.
 
     Raises:
         UserError: they differ by more than rounding.
     """
     dtype = checked_dtype(out)
-    videos = knows_videos(processor)
     first = our_logits(source, dtype, rounded, videos)
     gc.collect()
     if library:

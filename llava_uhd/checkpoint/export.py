@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from llava_uhd.checkpoint.agreement import Agreement, check_agreement
+from llava_uhd.checkpoint.agreement import Agreement, check_agreement, knows_videos
 from llava_uhd.checkpoint.differences import compare
 from llava_uhd.checkpoint.library_files import (
     add_unread,
@@ -68,6 +68,7 @@ from llava_uhd.text.processor import LlavaUHDProcessor
 OURS, ORIGINAL = "llava_uhd", "original"
 TARGETS = (*(layout.slug for layout in LAYOUTS), OURS, ORIGINAL)
 MAX_SHARD = "5GB"
+_TOKENS_OF_VIDEOS = ("video.pool", "video.newline", "video.strategy")
 
 
 @dataclass(frozen=True)
@@ -161,9 +162,15 @@ def export_checkpoint(
             out,
             opened.processor,
             library=layout is LIBRARY,
+            videos=knows_videos(opened.processor) and not _videos_differ(notes),
             rounded=options.dtype,
         )
     return Exported(layout.slug if layout else OURS, notes, agreement)
+
+
+def _videos_differ(notes: list[str]) -> bool:
+    """Whether the new layout says nothing of how frames become tokens."""
+    return any(note.startswith(_TOKENS_OF_VIDEOS) for note in notes)
 
 
 def _open(source: Path) -> _Source:

@@ -36,6 +36,13 @@ CLASSES = {
     "llava_next": "LlavaNextForConditionalGeneration",
     "llava_onevision": "LlavaOnevisionForConditionalGeneration",
 }
+# Serving engines choose their language model by the class.
+LANGUAGE_CLASSES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
 PROJECTOR = "mlp2x_gelu"
 # Key under which the values of the folder's image processor travel.
 PIXELS = "_image_processor"
@@ -269,7 +276,12 @@ def _write_config(config: LlavaUHDConfig) -> Values:
         "vision_feature_layer": -1,
         "vision_feature_select_strategy": "default" if has_class_token(config) else "full",
         "tie_word_embeddings": bool(text.tie_word_embeddings),
-        "text_config": {**_plain(text), **rope_values(text), "model_type": text.model_type},
+        "text_config": {
+            **_plain(text),
+            **{key: value for key, value in rope_values(text).items() if value is not None},
+            "model_type": text.model_type,
+            "architectures": [LANGUAGE_CLASSES[text.model_type]],
+        },
         "vision_config": {
             **_plain(vision),
             "model_type": vision.model_type,
@@ -311,7 +323,7 @@ LIBRARY = Layout(
     make_config=_make_config,
     write_config=_write_config,
     unused=UNUSED,
-    languages=("llama", "mistral", "qwen2", "qwen3"),
+    languages=tuple(LANGUAGE_CLASSES),
     keys=KeyRules(to_ours, to_library, ("vision_tower.", "model.vision_tower.")),
     find_vision=_find_vision,
     complete=_complete,

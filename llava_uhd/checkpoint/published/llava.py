@@ -295,6 +295,7 @@ def _write_onevision(config: LlavaUHDConfig) -> Values:
         **_video_values(config, newer),
         "image_crop_resolution": None,
         "image_split_resolution": None,
+        "image_token_index": config.image.image_token_id,  # for serving engines
         "use_pos_skipping": False,
     }
 
