@@ -8,7 +8,10 @@ weights would round twice.
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
+
+from transformers.utils import logging as library_logging
 
 from llava_uhd.checkpoint.load import parse_dtype
 from llava_uhd.checkpoint.lora_merge import merge_folder
@@ -38,6 +41,8 @@ def make_parser() -> argparse.ArgumentParser:
 def main() -> int:
     """Merges one adapter."""
     options = make_parser().parse_args()
+    if not sys.stderr.isatty():
+        library_logging.disable_progress_bar()
     folder = resolve_folder(find_checkpoint(options.lora), "LoRA folder")
     dtype = None if options.dtype is None else parse_dtype(options.dtype)
     merge_folder(folder, options.out, options.base, options.vision_tower, dtype)

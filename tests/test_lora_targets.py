@@ -117,12 +117,24 @@ def test_adapters_in_the_tower(tmp_path: Path) -> None:
         apply_stage(model, StageConfig(learn={"language_model": 1e-3}))
 
 
-@pytest.mark.parametrize("kind", ["mlp2x_gelu", "spatial_resampler"])
-def test_adapters_in_a_projector(tmp_path: Path, kind: str) -> None:
-    image = {"strategy": "pad", "layout": "flat"} if kind == "mlp2x_gelu" else {}
+PROJECTORS: dict[str, tuple[str, dict[str, Any]]] = {
+    "resampler": ("spatial_resampler", {}),
+    "mlp": ("mlp2x_gelu", {"strategy": "pad", "layout": "flat"}),
+    "newline": (
+        "mlp2x_gelu",
+        {"strategy": "anyres", "layout": "unpad", "pinpoints": [[32, 64], [64, 32], [64, 64]]},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PROJECTORS)
+def test_adapters_in_a_projector(tmp_path: Path, name: str) -> None:
+    kind, image = PROJECTORS[name]
     parts = tiny_parts(projector={"type": kind}, image=image)
     trained = adapted(tmp_path / "base", tmp_path / "lora", parts, extra_targets=r"projector\..*")
-    assert {name for name in adapted_layers(trained[0]) if name.startswith("projector.")}
+    assert {path for path in adapted_layers(trained[0]) if path.startswith("projector.")}
+    learned = load_file(tmp_path / "lora/non_lora_trainables.safetensors")
+    assert ("image_newline" in learned) == (name == "newline")
     assert difference(trained, load_pretrained(tmp_path / "lora")) <= CLOSE
 
 

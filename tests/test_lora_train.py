@@ -98,6 +98,20 @@ def test_run_on_a_checkpoint(
     assert {key.partition(".")[0] for key in values} == {"projector", "language_model"}
 
 
+def test_parts_that_learn_whole_beside_adapters(
+    train: Train, checkpoint: Path, caught: list[Any]
+) -> None:
+    words = ("--model.checkpoint", str(checkpoint), "--stage.learn.vision_tower", "1e-2")
+    out = train("debug/finetune", "out/tower", *LORA, *words)
+    learned = load_file(out / "non_lora_trainables.safetensors")
+    assert {key.partition(".")[0] for key in learned} == {"projector", "vision_tower"}
+    before, _ = load_pretrained(checkpoint)
+    loaded = load_pretrained(out)
+    name = "vision_tower.layers.0.mlp.fc1.weight"
+    assert not torch.equal(before.get_parameter(name), loaded[0].get_parameter(name))
+    assert difference(caught[0], loaded) <= CLOSE
+
+
 @pytest.mark.parametrize("kind", LANGUAGES)
 def test_run_from_nothing(train: Train, caught: list[Any], kind: str) -> None:
     """A model without a base on disk lies whole in its folder."""
