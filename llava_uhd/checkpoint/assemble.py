@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -15,12 +14,18 @@ from llava_uhd.checkpoint.load import build_model, load_pretrained
 from llava_uhd.checkpoint.named_files import read_upsampler, resolve_projector, resolve_upsampler
 from llava_uhd.checkpoint.parts import (
     find_projector,
-    read_language_config,
     read_language_model,
     read_projector,
-    read_tokenizer,
     read_tower,
-    read_tower_config,
+)
+from llava_uhd.checkpoint.recipe_parts import (
+    TokenizerMaker,
+    language_config,
+    lay_over,
+    named_tower,
+    overlay,
+    parts_config,
+    tower_config,
 )
 from llava_uhd.checkpoint.sources import resolve_folder
 from llava_uhd.checkpoint.vdim import find_vdim
@@ -29,29 +34,14 @@ from llava_uhd.config.model import (
     CompressionConfig,
     ImageConfig,
     LlavaUHDConfig,
-    ProjectorConfig,
-    VideoConfig,
-    make_config,
 )
 from llava_uhd.config.training import ModelSection
 from llava_uhd.errors import UserError
 from llava_uhd.model.modeling import LlavaUHDForConditionalGeneration
 from llava_uhd.text.faithful import FAITHFUL
 from llava_uhd.text.processor import LlavaUHDProcessor
-from llava_uhd.text.templates import TEMPLATES
 
 logger = logging.getLogger(__name__)
-
-
-Options = TypeVar("Options")
-
-# Sections whose values a recipe lays over those of a checkpoint.
-PART_NAMES: dict[type, str] = {
-    ImageConfig: "image",
-    ProjectorConfig: "projector",
-    VideoConfig: "video",
-}
-TokenizerMaker = Callable[[], PreTrainedTokenizerBase]
 
 
 @dataclass
@@ -156,12 +146,9 @@ def _end_answers(made: Assembled) -> None:
 def _from_checkpoint(
     section: ModelSection, dtype: torch.dtype, storage: dict[str, Any]
 ) -> Assembled:
-    tower = section.vision_tower
-    if isinstance(tower, dict):
-        raise UserError("model.vision_tower beside model.checkpoint must be a folder or hub id")
     model, processor = load_pretrained(
         section.checkpoint or "",
-        vision_tower=tower,
+        vision_tower=named_tower(section),
         dtype=dtype,
         attn_implementation=section.attn_implementation,
         merge_lora=True,
@@ -169,10 +156,7 @@ def _from_checkpoint(
     )
     config = model.config
     _check_shapes(section, config)
-    config.image = overlay(processor.image_config, section.image, section.given)
-    config.projector = overlay(config.projector, section.projector, section.given)
-    config.video = overlay(config.video, section.video, section.given)
-    config.template = section.template
+    lay_over(config, processor.image_config, section)
     processor = LlavaUHDProcessor.from_parts(processor.tokenizer, config)
     if section.projector_file is not None:
         found = read_projector(resolve_projector(section.projector_file), config)
@@ -204,8 +188,8 @@ def _check_shapes(section: ModelSection, config: LlavaUHDConfig) -> None:
     if (layout == "unpad") != config.has_newline:
         raise UserError(
             f"model.image.layout is {layout}, but checkpoint {section.checkpoint} was made with "
-            f"{config.image.layout}: only 'unpad' has a learned newline; leave it out, or build the "
-            "model from model.language_model, model.vision_tower and model.projector_file"
+            f"{config.image.layout}: only 'unpad' has a learned newline; leave it out, or build "
+            "the model from model.language_model, model.vision_tower and model.projector_file"
         )
     for key, value in wanted.items():
         part, _, name = key.rpartition(".")
@@ -215,28 +199,6 @@ def _check_shapes(section: ModelSection, config: LlavaUHDConfig) -> None:
                 f"model.{key} is {value}, but checkpoint {section.checkpoint} was made with {own}: "
                 "leave it out"
             )
-
-
-def overlay(own: Options, wanted: Options, given: frozenset[str] | None = None) -> Options:
-    """The checkpoint's options with those that the recipe sets.
-
-    Args:
-        own: of the checkpoint.
-        wanted: of the recipe, ``image``, ``projector`` or ``video``.
-        given: keys of the model section that the recipe sets (`ModelSection.given`). None: what is
-            not at its default counts as set.
-    """
-    default = type(wanted)()
-    part = PART_NAMES[type(wanted)]
-
-    def is_set(name: str) -> bool:
-        if given is not None:
-            return f"{part}.{name}" in given
-        return bool(getattr(wanted, name) != getattr(default, name))
-
-    names = [item.name for item in dataclasses.fields(wanted)]  # type: ignore[arg-type]
-    changes: dict[str, Any] = {name: getattr(wanted, name) for name in names if is_set(name)}
-    return dataclasses.replace(own, **changes)  # type: ignore[type-var]
 
 
 def _from_parts(
@@ -249,21 +211,7 @@ def _from_parts(
     new: list[str] = []
     text, tokenizer = _language_part(section, state, new, demo_tokenizer)
     vision = _vision_part(section, state, new)
-    image = dataclasses.replace(section.image)
-    if image.patch_size != vision.patch_size:
-        raise UserError(
-            f"model.image.patch_size is {image.patch_size}, but the vision tower's patches have "
-            f"{vision.patch_size} pixels: set it to that"
-        )
-    config = LlavaUHDConfig(
-        vision_config=vision,
-        text_config=text,
-        image=image,
-        projector=dataclasses.replace(section.projector),
-        video=dataclasses.replace(section.video),
-        template=section.template,
-        select_layer=section.select_layer,
-    )
+    config = parts_config(section, text, vision)
     _compare_with_tower(config)
     if section.projector_file is not None:
         state |= read_projector(resolve_projector(section.projector_file), config)
@@ -322,45 +270,21 @@ def _language_part(
     demo_tokenizer: TokenizerMaker | None,
 ) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
     """Adds the language model's weights to ``state``, or its name to ``new``."""
-    source = section.language_model
-    if isinstance(source, dict):
-        if section.tokenizer is not None:
-            tokenizer = read_tokenizer(resolve_folder(section.tokenizer, "tokenizer"))
-        elif demo_tokenizer is not None:
-            tokenizer = demo_tokenizer()
-        else:
-            raise UserError("model.tokenizer is missing: a new language model needs one")
-        marks = list(TEMPLATES.get(section.template).special_tokens)
-        tokenizer.add_special_tokens(
-            {"additional_special_tokens": marks}, replace_extra_special_tokens=False
-        )
-        ids = {
-            "vocab_size": len(tokenizer),
-            "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-            "pad_token_id": tokenizer.pad_token_id,
-        }
+    config, tokenizer = language_config(section, demo_tokenizer)
+    if isinstance(section.language_model, dict):
         new.append("language_model")
-        return make_config({**ids, **source}, "model.language_model"), tokenizer
-    folder = resolve_folder(str(source), "language model")
-    config = read_language_config(folder)
-    tokenizer_folder = (
-        resolve_folder(section.tokenizer, "tokenizer") if section.tokenizer is not None else folder
-    )
-    tokenizer = read_tokenizer(tokenizer_folder)
-    state |= read_language_model(folder)
+    else:
+        folder = resolve_folder(str(section.language_model), "language model")
+        state |= read_language_model(folder)
     return config, tokenizer
 
 
 def _vision_part(section: ModelSection, state: Tensors, new: list[str]) -> PreTrainedConfig:
     """Adds the tower's weights to ``state``, or its name to ``new``."""
-    source = section.vision_tower
-    if source is None:
-        raise UserError("model.vision_tower is missing: name a CLIP or SigLIP folder or hub id")
-    if isinstance(source, dict):
+    config = tower_config(section)
+    if isinstance(section.vision_tower, str):
+        folder = resolve_folder(section.vision_tower, "vision tower")
+        state |= read_tower(folder, config, section.select_layer)
+    else:
         new.append("vision_tower")
-        return make_config(source, "model.vision_tower")
-    folder = resolve_folder(source, "vision tower")
-    config = read_tower_config(folder)
-    state |= read_tower(folder, config, section.select_layer)
     return config

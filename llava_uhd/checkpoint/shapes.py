@@ -8,7 +8,6 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from llava_uhd.checkpoint.assemble import overlay
 from llava_uhd.checkpoint.parts import (
     read_language_config,
     read_model_config,
@@ -16,6 +15,7 @@ from llava_uhd.checkpoint.parts import (
 )
 from llava_uhd.checkpoint.published import KNOWN_TOWERS, find_tower
 from llava_uhd.checkpoint.published_folder import published_config, stored_names
+from llava_uhd.checkpoint.recipe_parts import overlay
 from llava_uhd.checkpoint.weights import read_json
 from llava_uhd.config.model import CompressionConfig, ImageConfig, LlavaUHDConfig, make_config
 from llava_uhd.config.recipe import list_recipes, load_recipe
