@@ -148,8 +148,9 @@ def describe_map(each: TokenMap) -> str:
 
     Example: ``"2 x 2 views joined: 40 x 54 tokens kept, a newline after each row"``.
     """
-    joined = f"{each.columns} x {each.rows} views joined" if each.columns * each.rows > 1 else "view"
-    text = f"{joined}: {each.height} x {each.width} tokens kept"
+    several = each.columns * each.rows > 1
+    views = f"{each.columns} x {each.rows} views joined" if several else "view"
+    text = f"{views}: {each.height} x {each.width} tokens kept"
     if (each.out_height, each.out_width) != (each.height, each.width):
         text += f", shrunk to {each.out_height} x {each.out_width}"
     newline = {Newline.END: ", a newline at the end", Newline.ROWS: ", a newline after each row"}

@@ -42,8 +42,8 @@ def file_digest(path: Path) -> str:
 def model_digest(folder: Path) -> str:
     """Hash of a model folder: its configuration, tokenizer and weights; 16 digits."""
     files = [folder / "config.json", *weight_files(folder)]
-    names = ("*projector*", "tokenizer*", "processor_config.json", "*.jinja")
-    names += ("adapter_*", "non_lora_trainables.*")
+    names = ["*projector*", "tokenizer*", "processor_config.json", "*.jinja"]
+    names += ["adapter_*", "non_lora_trainables.*"]
     files += [path for name in names for path in sorted(folder.glob(name)) if path.is_file()]
     digest = hashlib.sha256()
     for path in files:
