@@ -1,0 +1,192 @@
+"""Running a decoder whose visual tokens become fewer at one of its layers."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import DynamicCache
+
+from llava_uhd.config.model import CompressionConfig
+from llava_uhd.errors import UserError
+from llava_uhd.language.compression import IndexMap, build_map
+from llava_uhd.language.compressors import COMPRESSORS
+from llava_uhd.language.layers import check_decoder, library_masks, own_mask, run_layers
+
+
+class Compressed(NamedTuple):
+    """What `decode_compressed` gives.
+
+    Attributes:
+        hidden: (B, T', D) behind the last norm.
+        cache: of the keys and values, or None.
+        index_map: of the whole sequence, or None while single new tokens are decoded.
+    """
+
+    hidden: torch.Tensor
+    cache: Any
+    index_map: IndexMap | None
+
+
+def is_active(config: CompressionConfig, num_layers: int) -> bool:
+    """Whether a configuration changes anything in a decoder of so many layers."""
+    return config.method != "none" and config.stride > 1 and config.layer < num_layers
+
+
+def decode_compressed(
+    decoder: Any,
+    config: CompressionConfig,
+    runs: torch.Tensor,
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+    cache: Any = None,
+    use_cache: bool | None = None,
+    **kwargs: Any,
+) -> Compressed:
+    """Runs all layers and the last norm; nothing is remembered but the cache.
+
+    Args:
+        decoder: of a language model, without its head.
+        config: method, layer, stride, ...
+        runs: of the whole sequence, from `place_runs`.
+        inputs_embeds: (B, Q, D): the whole sequence, or new tokens behind a cache.
+        attention_mask: (B, T) of the whole sequence, cached tokens included.
+        position_ids: (B, Q) or (1, Q); restarting ones pack several samples in a row.
+        cache: of earlier tokens; the layers from ``config.layer`` on hold fewer.
+        use_cache: keep one.
+
+    Raises:
+        UserError: a decoder of another build, or a method that needs an earlier layer.
+    """
+    check_decoder(decoder)
+    batch, queries = inputs_embeds.shape[:2]
+    if use_cache and cache is None:
+        cache = DynamicCache(config=decoder.config)
+    whole = cache is None or cache.get_seq_length() == 0
+    valid = _valid(inputs_embeds, attention_mask, None if whole else position_ids)
+    if position_ids is None:
+        position_ids = _counted(valid, queries)
+    position_ids = position_ids.expand(batch, -1)
+    samples = _packed_samples(position_ids) if attention_mask is None and whole else None
+    layer = max(config.layer, 0)
+    lower, upper = decoder.layers[:layer], decoder.layers[layer:]
+    options = {"use_cache": use_cache, **kwargs}
+    options.pop("return_dict", None)
+    masks = library_masks(decoder, inputs_embeds, attention_mask, position_ids, cache)
+    # Of a step behind the cache only the numbers of kept tokens matter, not which ones.
+    scores = torch.zeros(valid.shape) if COMPRESSORS.get(config.method).needs_scores else None
+    if whole and scores is not None:
+        hidden, scores = _with_scores(
+            decoder, lower, inputs_embeds, masks, position_ids, valid, cache, options
+        )
+    else:
+        hidden = run_layers(decoder, lower, inputs_embeds, masks, position_ids, cache, **options)
+    table = build_map(config, runs, valid, scores)
+    if whole:
+        hidden = table.states(hidden)
+        samples = None if samples is None else table.carry(samples, -1)
+        position_ids = table.positions(position_ids, config.positions == "half")
+    if config.layer < 0:  # before the language model: as if the text had been shorter
+        position_ids = _counted(table.mask, hidden.shape[1])
+    seen = own_mask(decoder, hidden, table.mask, samples)
+    hidden = run_layers(decoder, upper, hidden, lambda _: seen, position_ids, cache, **options)
+    return Compressed(decoder.norm(hidden), cache if use_cache else None, table if whole else None)
+
+
+def _counted(valid: torch.Tensor, last: int) -> torch.Tensor:
+    """int64 (B, last): positions of the last tokens, counted without padding."""
+    return (valid.long().cumsum(1) - 1).clamp(min=0)[:, -last:]
+
+
+def _valid(
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+) -> torch.Tensor:
+    """Bool (B, T): positions of the whole sequence that hold a token.
+
+    Generation leaves a mask of ones out; then the positions of new tokens (None: there is no cache
+    before them) tell how many there are.
+    """
+    if attention_mask is not None:
+        return attention_mask.bool()
+    batch, total = inputs_embeds.shape[:2]
+    if position_ids is not None:
+        total = int(position_ids.max()) + 1
+    return torch.ones(batch, total, dtype=torch.bool, device=inputs_embeds.device)
+
+
+def _packed_samples(position_ids: torch.Tensor) -> torch.Tensor | None:
+    """Number of the sample of each position of packed rows, or None if nothing is packed."""
+    starts = position_ids == 0
+    if bool((starts.sum(1) <= 1).all()):
+        return None
+    return starts.long().cumsum(1)
+
+
+def _with_scores(
+    decoder: Any,
+    lower: list[nn.Module],
+    hidden: torch.Tensor,
+    masks: Any,
+    position_ids: torch.Tensor,
+    valid: torch.Tensor,
+    cache: Any,
+    options: dict[str, Any],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Runs the lower layers, and the attention of the last token in the last of them."""
+    if not len(lower):
+        raise UserError(
+            "compression.method 'fastv' chooses by the attention of the layer before: set "
+            "compression.layer to at least 1"
+        )
+    hidden = run_layers(decoder, lower[:-1], hidden, masks, position_ids, cache, **options)
+    scores = last_attention(decoder, lower[-1], hidden, position_ids, valid)
+    hidden = run_layers(decoder, lower[-1:], hidden, masks, position_ids, cache, **options)
+    return hidden, scores
+
+
+@torch.no_grad()
+def last_attention(
+    decoder: Any,
+    layer: Any,
+    hidden: torch.Tensor,
+    position_ids: torch.Tensor,
+    valid: torch.Tensor,
+) -> torch.Tensor:
+    """Attention of each row's last position to all, averaged over heads: one row of queries.
+
+    Args:
+        decoder: of the layer.
+        layer: whose queries and keys are used.
+        hidden: (B, T, D) before the layer.
+        position_ids: (B, T).
+        valid: bool (B, T): positions that hold a token.
+
+    Returns:
+        float32 (B, T), zero at padding.
+    """
+    last = (valid * torch.arange(1, valid.shape[1] + 1, device=valid.device)).argmax(1)  # (B,)
+    rows = torch.arange(len(last), device=last.device)
+    attention = layer.self_attn
+    states = layer.input_layernorm(hidden)
+    shape = (*states.shape[:2], -1, attention.head_dim)
+    query = attention.q_proj(states[rows, last]).view(shape[0], 1, -1, attention.head_dim)
+    key = attention.k_proj(states).view(shape)
+    if hasattr(attention, "q_norm"):
+        query, key = attention.q_norm(query), attention.k_norm(key)
+    cos, sin = decoder.rotary_emb(hidden, position_ids=position_ids)
+    query, key = query.transpose(1, 2), key.transpose(1, 2)  # (B, H, 1 | T, d)
+    query = _rotated(query, cos[rows, last][:, None, None], sin[rows, last][:, None, None])
+    key = _rotated(key, cos[:, None], sin[:, None])
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    scores = (query.float() @ key.float().transpose(2, 3)) * attention.scaling  # (B, H, 1, T)
+    scores = scores.masked_fill(~valid[:, None, None], -torch.inf)
+    return scores.softmax(-1).mean(1)[:, 0]
+
+
+def _rotated(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    first, second = states.chunk(2, dim=-1)
+    return states * cos + torch.cat([-second, first], dim=-1) * sin
