@@ -18,7 +18,15 @@ from llava_uhd.data.records import Record, Records, read_records
 from llava_uhd.errors import UserError
 from llava_uhd.images.geometry import Size, fit_long_side, six_slice_size
 from llava_uhd.images.pixels import open_image
-from llava_uhd.images.video import Video, frame_size, num_frames, read_video, time_instruction
+from llava_uhd.images.video import (
+    Video,
+    frame_size,
+    frame_times,
+    num_frames,
+    read_video,
+    time_instruction,
+    time_sentence,
+)
 from llava_uhd.text.encoding import Encoding
 from llava_uhd.text.faithful import encode_turns
 from llava_uhd.text.processor import LlavaUHDProcessor
@@ -56,10 +64,12 @@ def tell_times(turns: Sequence[Turn], sentences: Sequence[str]) -> list[Turn]:
 
     Args:
         turns: with one ``<video>`` per sentence.
-        sentences: from `time_instruction`.
+        sentences: from `time_instruction`; without any nothing is added.
 
     Example: ``"<video>\nWhy?"`` becomes ``"<video>\nThe video lasts ...\n\nWhy?"``.
     """
+    if not sentences:
+        return list(turns)
     if len(sentences) == 1 and VIDEO_MARKER in turns[0].text:
         rest = turns[0].text.replace(VIDEO_MARKER, "")
         first = f"{VIDEO_MARKER}\n{sentences[0]}\n{rest}"
@@ -145,8 +155,9 @@ class ConversationDataset(Dataset[dict[str, Any] | BrokenSample]):
                 raise UserError(f"{self.records.where(index)}: {error}") from error
             return self._skip(index, str(error))
         try:
+            told = videos if self.processor.video_config.time_instruction else []
             sample = self.processor.encode_conversation(
-                self._turns(record, videos),
+                tell_times(record.turns, [time_instruction(video) for video in told]),
                 images,
                 videos,
                 overview_only=self.config.overview_only,
@@ -166,9 +177,9 @@ class ConversationDataset(Dataset[dict[str, Any] | BrokenSample]):
     def encoding(self, index: int) -> Encoding:
         """Ids and labels of a sample before any cut, without its pixels.
 
-        Sizes of images come from their headers, numbers of frames from those of videos; a video is
-        decoded only where the text tells the times of its frames. Separators inside an image stand
-        as placeholders.
+        Sizes of images come from their headers, numbers and times of frames from those of videos.
+        All frames of a video count as being of one size. Separators inside an image stand as
+        placeholders.
 
         Raises:
             BrokenFileError: a header cannot be read.
@@ -182,20 +193,22 @@ class ConversationDataset(Dataset[dict[str, Any] | BrokenSample]):
             sizes = [
                 self._target_size(path, self._size(path, index), index) for path in record.images
             ]
-            videos = [self._open_video(path, index) for path in record.videos if self._tells_times]
             lengths = {
                 IMAGE_MARKER: [
                     processor.num_image_tokens(*size, self.config.overview_only, several)
                     for size in sizes
                 ],
-                VIDEO_MARKER: [
-                    self._video_tokens(source, index) for source in (videos or record.videos)
-                ],
+                VIDEO_MARKER: [self._video_tokens(path, index) for path in record.videos],
             }
+            sentences = [
+                time_sentence(*frame_times(path, processor.video_config))
+                for path in record.videos
+                if processor.video_config.time_instruction
+            ]
         except UserError as error:
             raise BrokenFileError(f"{where}: {error}") from error
         try:
-            turns = self._turns(record, videos)
+            turns = tell_times(record.turns, sentences)
             text = "".join(turn.text for turn in turns)
             found = marked(text, len(record.images), len(record.videos))
             return encode_turns(
@@ -208,15 +221,6 @@ class ConversationDataset(Dataset[dict[str, Any] | BrokenSample]):
             )
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
-
-    @property
-    def _tells_times(self) -> bool:
-        return self.processor.video_config.time_instruction
-
-    def _turns(self, record: Record, videos: Sequence[Video]) -> list[Turn]:
-        if not videos or not self._tells_times:
-            return list(record.turns)
-        return tell_times(record.turns, [time_instruction(video) for video in videos])
 
     def _guard(self, path: Path, root: ImageRoot | None) -> None:
         """Looks at links that were not looked at up front."""
@@ -239,11 +243,10 @@ class ConversationDataset(Dataset[dict[str, Any] | BrokenSample]):
         self._guard(path, self.records.roots(index).videos)
         return read_video(path, self.processor.video_config)
 
-    def _video_tokens(self, source: Path | Video, index: int) -> int:
-        if isinstance(source, Path):
-            self._guard(source, self.records.roots(index).videos)
-        frames = num_frames(source, self.processor.video_config)
-        return self.processor.num_video_tokens(frames, *frame_size(source))
+    def _video_tokens(self, path: Path, index: int) -> int:
+        self._guard(path, self.records.roots(index).videos)
+        frames = num_frames(path, self.processor.video_config)
+        return self.processor.num_video_tokens(frames, *frame_size(path))
 
     def _name(self, path: Path, index: int) -> str:
         """Path as the record gives it: the folder of all images has no say."""

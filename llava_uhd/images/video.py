@@ -93,6 +93,26 @@ def num_frames(source: VideoSource, config: VideoConfig) -> int:
         return len(sample_indices(file.count(), file.fps(), config))
 
 
+def frame_times(source: VideoSource, config: VideoConfig) -> tuple[list[float], float]:
+    """``times`` and ``duration`` of what `read_video` gives, without decoding a frame.
+
+    Raises:
+        UserError: as for `read_video`, as far as it shows without decoding.
+    """
+    if isinstance(source, Video):
+        return source.times, source.duration
+    if not isinstance(source, str | PathLike):
+        total = len(_check_list(source))
+        return _times_at_frame_rate(_choose(total, config), total)
+    path = Path(source)
+    if _is_folder(path):
+        total = len(frame_files(path))
+        return _times_at_frame_rate(_choose(total, config), total)
+    with VideoFile(path) as file:
+        picks = sample_indices(file.timeline.total, file.fps(), config)
+        return [file.time(index) for index in picks], file.duration()
+
+
 def frame_size(source: VideoSource) -> tuple[int, int]:
     """(width, height) of the first frame in pixels, upright.
 
@@ -151,11 +171,16 @@ def time_instruction(video: Video) -> str:
     "The video lasts for 10.00 seconds, and 2 frames are uniformly sampled from it. These frames are
     located at 0.00s,5.00s.Please answer the following questions related to this video."
     """
-    times = ",".join(f"{time:.2f}s" for time in video.times)
+    return time_sentence(video.times, video.duration)
+
+
+def time_sentence(times: Sequence[float], duration: float) -> str:
+    """`time_instruction` from the times of the frames and the length of the video in seconds."""
+    places = ",".join(f"{time:.2f}s" for time in times)
     return (
-        f"The video lasts for {video.duration:.2f} seconds, and {len(video.frames)} frames are "
-        f"uniformly sampled from it. These frames are located at {times}.Please answer the "
-        "following questions related to this video."
+        f"The video lasts for {duration:.2f} seconds, and {len(times)} frames are uniformly "
+        f"sampled from it. These frames are located at {places}.Please answer the following "
+        "questions related to this video."
     )
 
 
@@ -204,7 +229,11 @@ def _choose(total: int, config: VideoConfig) -> list[int]:
 
 
 def _at_frame_rate(frames: list[Image.Image], picks: list[int], total: int) -> Video:
-    return Video(frames, [index / FRAME_RATE for index in picks], total / FRAME_RATE)
+    return Video(frames, *_times_at_frame_rate(picks, total))
+
+
+def _times_at_frame_rate(picks: Sequence[int], total: int) -> tuple[list[float], float]:
+    return [index / FRAME_RATE for index in picks], total / FRAME_RATE
 
 
 def _check_list(source: Sequence[Image.Image]) -> Sequence[Image.Image]:

@@ -2,39 +2,34 @@
 
 from __future__ import annotations
 
-import argparse
-import logging
-import os
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from transformers import TrainingArguments, set_seed
-from transformers.utils import logging as library_logging
 
 from llava_uhd.checkpoint.assemble import Assembled, assemble, check_parts
 from llava_uhd.checkpoint.lora_base import KIND
 from llava_uhd.checkpoint.manifest import write_manifest
-from llava_uhd.config.recipe import list_recipes, load_recipe
 from llava_uhd.config.training import UPSAMPLER_PARTS, Recipe
 from llava_uhd.data.collator import Collator
 from llava_uhd.data.dataset import ConversationDataset, open_records
 from llava_uhd.errors import UserError, command
+from llava_uhd.train.drawn import is_plain, source_table, write_data_manifest
 from llava_uhd.train.embedded import demo_tokenizer, use_embedded
 from llava_uhd.train.log import CURVE_FILE, JsonLog, draw_loss, read_log
 from llava_uhd.train.lora import add_adapters, finish_adapters, lora_run, storage
 from llava_uhd.train.output import is_finished, last_complete_checkpoint, prepare_output
+from llava_uhd.train.preview import preview
 from llava_uhd.train.setup import deepspeed_config, training_arguments, weight_dtype, world_size
 from llava_uhd.train.stages import apply_stage, part_reports
+from llava_uhd.train.start import console, is_first_rank, parse, say
 from llava_uhd.train.trainer import StageTrainer
-
-console = Console(highlight=False)
 
 
 def main() -> None:
     """Runs one stage from its recipe to its output folder."""
-    recipe = parse()
+    recipe = parse("llava_uhd.train", "Train one stage.")
     deepspeed = deepspeed_config(recipe)
     arguments = training_arguments(recipe, deepspeed)
     if is_finished(recipe):
@@ -47,6 +42,8 @@ def main() -> None:
         records = open_records(use_embedded(recipe).data)
         folder = prepare_output(recipe)
         checkpoint = last_complete_checkpoint(folder)
+        if is_first_rank():
+            write_data_manifest(records, folder, going_on=checkpoint is not None)
     set_seed(arguments.seed)
     dtype, kept = weight_dtype(recipe, deepspeed), storage(recipe, arguments, deepspeed)
     parts = assemble(recipe.model, recipe.compression, dtype, demo_tokenizer, **kept)
@@ -55,38 +52,13 @@ def main() -> None:
     finish_adapters(parts.model, recipe.lora, arguments)
     dataset = ConversationDataset(records, parts.processor, recipe.data, arguments.seed)
     announce(recipe, arguments, parts, dataset)
+    preview(dataset, console if is_first_rank() else None)
     trainer = build_trainer(recipe, arguments, parts, dataset, folder)
     if checkpoint is not None:
         say(f"Going on from {checkpoint}")
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.finish()
     conclude(recipe, trainer, folder)
-
-
-def parse() -> Recipe:
-    """Reads the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m llava_uhd.train",
-        description="Train one stage. Any recipe key can be overridden: --trainer.max_steps 10",
-        epilog="Recipes: " + ", ".join(list_recipes()),
-    )
-    parser.add_argument("recipe", help="name of a recipe, or a YAML file")
-    known, overrides = parser.parse_known_args()
-    level = logging.INFO if is_first_rank() else logging.ERROR
-    logging.basicConfig(level=level, format="%(message)s")
-    library_logging.set_verbosity_error()
-    return load_recipe(known.recipe, overrides)
-
-
-def is_first_rank() -> bool:
-    """Whether this process speaks for all."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-def say(text: str) -> None:
-    """Prints on the first rank."""
-    if is_first_rank():
-        console.print(text, soft_wrap=True)
 
 
 def learns_only_projector(recipe: Recipe, parts: Assembled) -> bool:
@@ -109,6 +81,8 @@ def announce(
         table.add_row(part.name, f"{part.learning:,}", f"{part.total:,}", rate)
     if is_first_rank():
         console.print(table)
+        if not is_plain(dataset.records):
+            console.print(source_table(dataset.records))
     per_device, steps = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else arguments.device.type
     say(

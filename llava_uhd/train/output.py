@@ -29,12 +29,16 @@ _HARMLESS = (
     "disable_tqdm",
     "output_dir",
 )
+# So is what only decides whether and how a run starts.
+_HARMLESS_DATA = ("preview", "max_unlearned")
 
 
 def _comparable(values: dict[str, Any]) -> dict[str, Any]:
     values = json.loads(json.dumps(values, default=str))
     for key in _HARMLESS:
         values.get("trainer", {}).pop(key, None)
+    for key in _HARMLESS_DATA:
+        (values.get("data") or {}).pop(key, None)
     values.pop("name", None)
     return values
 
