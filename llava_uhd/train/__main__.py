@@ -23,7 +23,7 @@ from llava_uhd.train.output import is_finished, last_complete_checkpoint, prepar
 from llava_uhd.train.preview import preview
 from llava_uhd.train.setup import deepspeed_config, training_arguments, weight_dtype, world_size
 from llava_uhd.train.stages import apply_stage, part_reports
-from llava_uhd.train.start import console, is_first_rank, parse, say
+from llava_uhd.train.start import console, is_first_rank, parse, part_ways, say
 from llava_uhd.train.trainer import StageTrainer
 
 
@@ -59,6 +59,7 @@ def main() -> None:
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.finish()
     conclude(recipe, trainer, folder)
+    part_ways()
 
 
 def learns_only_projector(recipe: Recipe, parts: Assembled) -> bool:

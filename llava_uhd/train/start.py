@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 
+import torch
 from rich.console import Console
 from transformers.utils import logging as library_logging
 
@@ -44,3 +45,14 @@ def say(text: str) -> None:
     """Prints on the first rank."""
     if is_first_rank():
         console.print(text, soft_wrap=True)
+
+
+def part_ways() -> None:
+    """Ends the processes of a launch together.
+
+    A process that leaves while others still talk to it may be aborted by the threads of its process
+    group, after all work is done, and the launcher then reports a failure.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()

@@ -20,6 +20,7 @@ from llava_uhd.errors import UserError, command
 from llava_uhd.train.log import JsonLog, read_log
 from llava_uhd.train.output import is_finished, last_complete_checkpoint, prepare_output
 from llava_uhd.train.setup import training_arguments, world_size
+from llava_uhd.train.start import part_ways
 from llava_uhd.train.vdim.build import build_module, build_transform, load_result, tower_name
 from llava_uhd.train.vdim.data import Pictures, PictureSet, open_pictures, stack_pictures
 from llava_uhd.train.vdim.measure import measure
@@ -60,6 +61,7 @@ def main() -> None:
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.finish(tower_name(recipe))
     conclude(recipe, trainer, folder)
+    part_ways()
 
 
 def parse() -> tuple[VdimRecipe, Path | None]:
