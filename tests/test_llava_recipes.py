@@ -298,7 +298,9 @@ def test_all_stages_of_onevision(train: Callable[..., Path], workplace: Path) ->
     mid = stage("stage1_5", "--model.projector_file", "ov/stage1")
     assert learned(mid) == set(EVERYTHING)
     single = stage("stage2_si", "--model.checkpoint", "ov/stage1_5", "--model.image.max_tiles", "2")
-    last = stage("stage2_ov", "--model.checkpoint", "ov/stage2_si")
+    # Every record once: images, pairs, videos and texts.
+    last = stage("stage2_ov", "--model.checkpoint", "ov/stage2_si", "--trainer.max_steps", "4")
+    assert json.loads((last / "llava_uhd.json").read_text())["data"]["samples"] == 16
     before, after = weights(mid), weights(last)
     moved = {part_of(name) for name in before if not torch.equal(before[name], after[name])}
     assert moved == set(EVERYTHING), "the newline too"
