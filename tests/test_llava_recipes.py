@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 from collections.abc import Callable
@@ -72,10 +73,8 @@ def test_every_recipe_is_looked_at() -> None:
 
 @pytest.mark.parametrize("name", V1_5)
 def test_settings_of_llava_1_5(name: str) -> None:
-    recipe, config = (
-        load_recipe(f"llava_1_5/{name}"),
-        describe_recipe(load_recipe(f"llava_1_5/{name}")),
-    )
+    recipe = load_recipe(f"llava_1_5/{name}")
+    config = describe_recipe(recipe)
     rate, batch, per_device, deepspeed, strategy, grouped, template, saved = V1_5[name]
     assert arguments(recipe, "learning_rate", "save_steps") == [rate, saved]
     assert recipe.trainer.global_batch_size == batch
@@ -216,8 +215,6 @@ def test_parameters(size: str) -> None:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_costs(name: str) -> None:
-    import argparse
-
     options = argparse.Namespace(image=(640, 480), overview_only=False, text_tokens=0)
     config = describe_recipe(load_recipe(name))
     found = describe(make_console(), name, config, options)
@@ -363,11 +360,8 @@ def test_the_embedded_records_are_of_every_kind(workplace: Path) -> None:
     frames = sorted((split.video_folder / records[2]["video"]).iterdir())
     assert len(frames) == 5
     for record in records:
-        for image in (
-            [record.get("image", [])]
-            if isinstance(record.get("image"), str)
-            else record.get("image", [])
-        ):
+        given = record.get("image", [])
+        for image in [given] if isinstance(given, str) else given:
             assert (split.image_folder / image).is_file()
 
 
