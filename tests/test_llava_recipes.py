@@ -345,6 +345,10 @@ def test_what_a_model_does_not_have_cannot_learn(train: Callable[..., Path]) -> 
     ):
         with pytest.raises(UserError, match=message):
             train("llava_1_5/pretrain_vicuna7b", "none", *ONE_STEP, *words)
+    flat = train("llava_1_5/finetune_vicuna7b", "flat", *ONE_STEP)
+    words = ("--model.checkpoint", str(flat), "--model.image.layout", "unpad")
+    with pytest.raises(UserError, match="only 'unpad' has a learned newline"):
+        train("llava_1_5/task_finetune", "none", *ONE_STEP, *words)
 
 
 def test_the_embedded_records_are_of_every_kind(workplace: Path) -> None:
