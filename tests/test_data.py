@@ -11,17 +11,21 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
-from llava_uhd.config.model import LlavaUHDConfig
+from llava_uhd.config.model import LlavaUHDConfig, VideoConfig
 from llava_uhd.config.training import DataConfig
 from llava_uhd.data.collator import Collator
 from llava_uhd.data.dataset import (
+    BrokenFileError,
     BrokenSample,
     ConversationDataset,
     build_dataset,
+    tell_times,
 )
 from llava_uhd.data.sampler import SeededSampler
 from llava_uhd.errors import UserError
+from llava_uhd.images.video import frame_times, read_video, time_instruction
 from llava_uhd.text.processor import LlavaUHDProcessor
+from llava_uhd.text.templates import Turn
 
 
 @pytest.fixture(scope="session")
@@ -169,6 +173,121 @@ def test_overlong_samples(data: DataConfig, processor: LlavaUHDProcessor) -> Non
     sample = encoded(dropping, 3)
     assert "pixel_values" not in sample
     assert dropping.counts["dropped_images"] == 1
+
+
+# --- videos ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def films(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Path:
+    """A folder of seven frames, and one whose third frame is no picture."""
+    root = tmp_path_factory.mktemp("films")
+    for name, bad in (("good", None), ("bad", 2)):
+        (root / name).mkdir()
+        for number in range(7):
+            content = b"nothing" if number == bad else (folder / "a.png").read_bytes()
+            (root / name / f"{number}.png").write_bytes(content)
+    return root
+
+
+FILM_ROWS: list[dict[str, Any]] = [
+    {"id": "film", "video": "good", "conversations": talk("What happens?\n<image>")},
+    {
+        "id": "mixed",
+        "images": ["a.png", "sub/b.png"],
+        "video": "good",
+        "conversations": [*talk("<image> <video> <image>: same?"), *talk("Why?", "So.")],
+    },
+    {"id": "bad", "video": "bad", "conversations": talk("<video>\nWhat?")},
+]
+
+
+@pytest.fixture
+def film_data(folder: Path, films: Path, tmp_path: Path) -> DataConfig:
+    path = str(write(tmp_path / "films.json", FILM_ROWS))
+    return DataConfig(path=path, image_folder=str(folder), video_folder=str(films), max_length=None)
+
+
+def with_video(processor: LlavaUHDProcessor, several: str = "same", **video: Any) -> Any:
+    config = LlavaUHDConfig(
+        image={"scale_resolution": 32, "patch_size": 8, "several": several},
+        projector={"num_queries": 4},
+        video=video,
+    )
+    return LlavaUHDProcessor.from_parts(processor.tokenizer, config)
+
+
+@pytest.mark.parametrize("told", [False, True])
+@pytest.mark.parametrize("several", ["same", "pad"])
+def test_videos_become_samples(
+    film_data: DataConfig, processor: LlavaUHDProcessor, told: bool, several: str
+) -> None:
+    reading = with_video(processor, several, max_frames=3, time_instruction=told)
+    dataset = build_dataset(film_data, reading)
+    # Slices of 32 x 32 where the picture is cut: 3 for 60 x 40, 7 for 200 x 120. A frame is one.
+    for index, views in ((0, 3), (1, 3 + (2 if several == "pad" else 10))):
+        sample = encoded(dataset, index)
+        assert len(sample["view_grids"]) == views
+        assert sample["num_visual_tokens"] == 4 * views
+        assert len(sample["input_ids"]) == dataset.token_length(index)
+        assert dataset.encoding(index).labels == sample["labels"].tolist()
+    text = processor.tokenizer.decode(encoded(dataset, 0)["input_ids"])
+    sentence = (
+        "The video lasts for 3.50 seconds, and 3 frames are uniformly sampled from it. These frames"
+        " are located at 0.00s,1.50s,3.00s.Please answer the following questions related to this "
+        "video."
+    )
+    assert (sentence.replace(" ", "") in text.replace(" ", "").replace("\n", "")) == told
+    assert dataset.modality_lengths == [5, 8, 4]
+
+
+def test_times_are_told_as_published(films: Path) -> None:
+    video = read_video(films / "good", VideoConfig())
+    assert len(video.frames) == 7
+    said = time_instruction(video)
+
+    def published(value: str) -> str:
+        return f"<image>\n{said}\n{value.replace('<image>', '')}".replace("<image>", "<video>")
+
+    for value in ("<image>\nWhy?", "Why?\n<image>", "<image>"):
+        turns = [Turn("human", value.replace("<image>", "<video>")), Turn("gpt", "So.")]
+        assert tell_times(turns, [said]) == [Turn("human", published(value)), turns[1]]
+    # What the published code does not know: several videos, or one that comes later.
+    turns = [Turn("human", "a <video> b <video>"), Turn("gpt", "c")]
+    assert tell_times(turns, ["S1", "S2"])[0].text == "a <video>\nS1\n b <video>\nS2\n"
+    late = [Turn("human", "a"), Turn("gpt", "b"), Turn("human", "<video> c"), Turn("gpt", "d")]
+    assert tell_times(late, ["S"])[2].text == "<video>\nS\n c"
+    assert tell_times(late, []) == late
+
+
+def test_times_without_decoding(films: Path, tmp_path: Path) -> None:
+    pytest.importorskip("av")
+    from fixtures_video import write_video
+
+    film = write_video(tmp_path / "film.mp4", 25, 10)
+    for source in (film, films / "good", read_video(film, VideoConfig()).frames):
+        for config in (VideoConfig(), VideoConfig(max_frames=4, force_sample=True)):
+            video = read_video(source, config)
+            assert frame_times(source, config) == (video.times, video.duration)
+            assert frame_times(video, config) == (video.times, video.duration)
+
+
+def test_broken_videos(
+    film_data: DataConfig, processor: LlavaUHDProcessor, films: Path, tmp_path: Path
+) -> None:
+    dataset = build_dataset(film_data, processor)
+    with pytest.raises(UserError, match=r"films.json, record 2 \(id 'bad'\): image .*bad/2.png"):
+        dataset[2]
+    film_data.on_broken_image, film_data.max_broken = "skip", 0.4
+    dataset = build_dataset(film_data, processor)
+    marker = dataset[2]
+    assert isinstance(marker, BrokenSample) and "bad/2.png" in marker.reason
+    assert dataset.counts["broken"] == 1
+    # What is no video is found without decoding, too.
+    (films / "empty").mkdir(exist_ok=True)
+    film_data.path = str(write(tmp_path / "empty.json", [{**FILM_ROWS[2], "video": "empty"}]))
+    with pytest.raises(BrokenFileError, match=r"record 0 \(id 'bad'\): folder .* has no pictures"):
+        build_dataset(film_data, processor).token_length(0)
 
 
 def test_collator_pads_and_joins(data: DataConfig, processor: LlavaUHDProcessor) -> None:

@@ -282,6 +282,9 @@ def _reason(dataset: ConversationDataset, sample: Sample) -> str:
             f"the cut at data.max_length {dataset.config.max_length} takes their answers away: "
             "raise it, or shorten the samples"
         )
+    answers = dataset.records[sample.index].turns[1::2]
+    if not any(turn.text.strip() for turn in answers):
+        return "their answers are empty: leave them out"
     if processor.template_mode == "faithful":
         return (
             f"the published code of template '{processor.template_name}' masks samples whose "
