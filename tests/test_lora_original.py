@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
 from fixtures_model import call
 from fixtures_tiny import picture
-from test_preview import write
 
 from llava_uhd.checkpoint.load import load_pretrained
 
@@ -15,6 +15,22 @@ WORDS = ("--data.path", "data.json", "--data.image_folder", ".", "--trainer.outp
 STEPS = ("--trainer.max_steps", "2", "--trainer.global_batch_size", "2", "--lora.r", "4")
 STEPS += ("--lora.alpha", "8", "--trainer.dataloader_num_workers", "0", "--trainer.warmup_steps")
 STEPS += ("0", "--trainer.learning_rate", "1e-2", "--trainer.logging_steps", "1")
+
+
+def write(folder: Path, answers: list[str]) -> None:
+    """A picture, and as many samples about it as there are answers."""
+    picture(60, 40).save(folder / "a.png")
+    rows = [
+        {
+            "image": "a.png",
+            "conversations": [
+                {"from": "human", "value": "<image>\nWhat is it?"},
+                {"from": "gpt", "value": answer},
+            ],
+        }
+        for answer in answers
+    ]
+    (folder / "data.json").write_text(json.dumps(rows))
 
 
 def logits(folder: Path | str, **options: object) -> torch.Tensor:
