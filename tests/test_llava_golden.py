@@ -17,9 +17,10 @@ from PIL import Image
 from llava_uhd.checkpoint.load import load_pretrained
 from llava_uhd.checkpoint.published import find_layout
 from llava_uhd.checkpoint.published.layout import published_key
+from llava_uhd.config.training import DataConfig
 from llava_uhd.data.collator import Collator
+from llava_uhd.data.dataset import ConversationDataset, build_dataset
 from llava_uhd.text.processor import LlavaUHDProcessor
-from llava_uhd.text.templates import Turn
 
 SYSTEMS = ("llava_1_5", "llava_onevision")
 # Where the original code has one negative number for an image or video.
@@ -174,25 +175,18 @@ def check_views(model: Any, inputs: Any, arrays: dict[str, np.ndarray]) -> int:
 # --- training -------------------------------------------------------------------------------------
 
 
-def image_first(name: str, text: str) -> str:
-    """What the original data code does to a question before its template."""
-    if "<image>" not in text or (name == "llava_onevision" and text.count("<image>") > 1):
-        return text
-    return f"<image>\n{text.replace('<image>', '').strip()}".strip()
+# What the original data code does to the markers of a question.
+MARKER_RULES: dict[str, Any] = {"llava_1_5": "llava_1_5", "llava_onevision": "onevision"}
 
 
-def train_batch(name: str, folder: Path, processor: LlavaUHDProcessor) -> dict[str, torch.Tensor]:
-    samples = []
-    for record in json.loads((folder / "train_batch.json").read_text()):
-        names = record.get("image", [])
-        files = [
-            folder / "images" / each for each in ([names] if isinstance(names, str) else names)
-        ]
-        turns = [
-            Turn(turn["from"], image_first(name, turn["value"])) for turn in record["conversations"]
-        ]
-        samples.append(processor.encode_conversation(turns, files))
-    return Collator(processor.tokenizer.pad_token_id or 0)(samples)
+def train_data(name: str, folder: Path, processor: LlavaUHDProcessor) -> ConversationDataset:
+    config = DataConfig(
+        path=str(folder / "train_batch.json"),
+        image_folder=str(folder / "images"),
+        image_first=MARKER_RULES[name],
+        max_length=None,
+    )
+    return build_dataset(config, processor)
 
 
 @pytest.mark.parametrize("name", SYSTEMS)
@@ -203,7 +197,14 @@ def test_loss_and_gradients(
     processor = LlavaUHDProcessor.from_parts(processor.tokenizer, model.config)
     processor.template_mode = "faithful"
     case = wanted[name][0]["train"]
-    batch = train_batch(name, golden / name / "model", processor)
+    dataset = train_data(name, golden / name / "model", processor)
+    assert dataset.lengths == case["lengths"]
+    assert dataset.modality_lengths == case["modality_lengths"]
+    samples = [dataset[index] for index in range(3)]
+    assert [dataset.token_length(index) for index in range(3)] == [
+        len(sample["input_ids"]) for sample in samples if isinstance(sample, dict)
+    ]
+    batch = Collator(processor.tokenizer.pad_token_id or 0)(samples)
     for row in range(3):
         real = sum(case["attention_mask"][row])
         length = int(batch["attention_mask"][row].sum())
