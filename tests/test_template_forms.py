@@ -1,4 +1,4 @@
-"""Every template: exact texts, two renderings that agree, prompts and labels, choice by name."""
+"""Every template: exact texts, two renderings that agree, prompts and labels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from llava_uhd.data.demo_tokenizer import build_demo_tokenizer
-from llava_uhd.errors import UserError
 from llava_uhd.text.encoding import IGNORE_INDEX, encode_spans
 from llava_uhd.text.faithful import FAITHFUL
 from llava_uhd.text.prompting import prompt_text
@@ -25,7 +24,6 @@ from llava_uhd.text.templates import (
     ChatTemplate,
     Form,
     Turn,
-    published_template,
 )
 
 IMAGE = -200
@@ -317,45 +315,3 @@ def test_clean_labels_are_answers_and_end_tokens(
     # Nothing is lost on the way: the whole text comes back.
     whole = tokenizer.decode([token for token in made.input_ids if token != IMAGE])
     assert whole == "".join(span.text for span in spans).replace("<image>", "")
-
-
-# --- choice by name -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("name", "kind", "wanted"),
-    [
-        ("llava-v1.5-7b", "llama", "v1"),
-        ("liuhaotian/LLaVA-v1.5-13B-lora", "llava_llama", "v1"),
-        ("llava-v1.6-vicuna-7b", "llama", "v1"),
-        ("llava-v1.6-mistral-7b", "mistral", "mistral_instruct"),
-        ("llava-v1.6-34b", "llama", "chatml_direct"),
-        ("llava-llama-2-13b-chat-lightning-preview", "llama", "llava_llama_2"),
-        ("Llama-2-7b-chat-hf", "llama", "llama_2"),
-        ("LLaVA-Lightning-MPT-7B-preview", "mpt", "mpt"),
-        ("LLaVA-7b-delta-v0", "llama", "llava_v0"),
-        ("llava-v1-0719-336px-mmtag", "llama", "v1_mmtag"),
-        ("llava-pretrain-v0-plain", "llama", "v0_mmtag"),
-        ("llava-finetune-v1-plain", "llama", "v1"),
-        ("llava-nous-hermes-mistral", "mistral", "chatml_direct"),
-        ("llama3-llava-next-8b", "llama", "llama_3"),
-        ("llava-onevision-qwen2-7b-ov", "qwen2", "qwen_1_5"),
-        ("LLaVA-Video-7B-Qwen2", "", "qwen_1_5"),
-        ("my-qwen-finetune-v1", "qwen3", "qwen_1_5"),
-        ("my-model", "llava_qwen", "qwen_1_5"),
-        ("my-model", "mistral", "mistral_instruct"),
-        ("my-model", "mpt", "mpt"),
-        ("my-model", "llama", "v1"),
-        ("my-model", "", "v1"),
-    ],
-)
-def test_published_names(name: str, kind: str, wanted: str) -> None:
-    assert published_template(name, kind) == wanted
-    assert wanted in TEMPLATES
-
-
-def test_published_names_with_tokens_around_images() -> None:
-    assert published_template("llava-7b-v0", "llama", im_start_end=True) == "llava_v0_im_start_end"
-    assert published_template("llava-v1.1-7b", "llama", im_start_end=True) == "v1_im_start_end"
-    with pytest.raises(UserError, match="'x-qwen'.*'qwen_1_5_im_start_end'.*v1_im_start_end"):
-        published_template("x-qwen", "qwen2", im_start_end=True)

@@ -6,6 +6,7 @@ the code that reads them. Every key may be absent: files on the hub come from ma
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any, Literal
@@ -321,25 +322,18 @@ LLAVA_1_5 = Layout(
     find_vision=find_vision,
     prepare=usual_select_layer,
 )
-LLAVA_NEXT = Layout(
+LLAVA_NEXT = dataclasses.replace(
+    LLAVA_1_5,
     name="LLaVA-NeXT",
     slug="llava_next",
     matches=_matches_next,
-    make_config=_make_config,
     write_config=_write_next,
-    unused=UNUSED,
-    languages=LLAVA_LANGUAGES,
-    find_vision=find_vision,
-    prepare=usual_select_layer,
 )
-LLAVA_ONEVISION = Layout(
+LLAVA_ONEVISION = dataclasses.replace(
+    LLAVA_1_5,
     name="LLaVA-OneVision",
     slug="llava_onevision",
     matches=_matches_onevision,
-    make_config=_make_config,
     write_config=_write_onevision,
-    unused=UNUSED,
     languages=("qwen2",),
-    find_vision=find_vision,
-    prepare=usual_select_layer,
 )

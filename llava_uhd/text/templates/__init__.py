@@ -22,7 +22,6 @@ from llava_uhd.text.templates.base import (
     check_alternation,
 )
 from llava_uhd.text.templates.chat import ChatTemplate, Form
-from llava_uhd.text.templates.choice import published_template
 from llava_uhd.text.templates.forms import (
     ChatMLTemplate,
     HeaderTemplate,
@@ -110,5 +109,4 @@ __all__ = [
     "Turn",
     "TwoSeparatorTemplate",
     "check_alternation",
-    "published_template",
 ]
