@@ -166,6 +166,12 @@ def test_pinpoint_notations() -> None:
         expand_pinpoints([[340, 336]], 336)
 
 
+def test_missing_pinpoints_are_no_fault_of_an_image() -> None:
+    """A mistake of the configuration is told when the processor is made."""
+    with pytest.raises(UserError, match="^image.pinpoints is empty"):
+        tiny_parts(image={"strategy": "anyres", "layout": "unpad"})
+
+
 @given(size=st.tuples(st.integers(1, 6000), st.integers(1, 6000)))
 def test_the_canvas_against_a_search(size: tuple[int, int]) -> None:
     """Most pixels kept, then least waste, then first."""

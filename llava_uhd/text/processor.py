@@ -18,6 +18,7 @@ from llava_uhd.config.model import (
     make_part,
 )
 from llava_uhd.errors import UserError
+from llava_uhd.images.anyres import expand_pinpoints
 from llava_uhd.images.geometry import SlicePlan, map_side
 from llava_uhd.images.maps import uses_maps
 from llava_uhd.images.pixels import ImageSource
@@ -78,6 +79,8 @@ class LlavaUHDProcessor(ProcessorMixin):
         if self._image.layout == "rows":
             # Found before the first image: two views of different shape must have as many tokens.
             map_side(view_token_counts(self._projector, [(4, 5), (3, 7)]))
+        if self._image.strategy == "anyres":  # as early, and not as a fault of the first image
+            expand_pinpoints(self._image.pinpoints, self._image.scale_resolution)
         self.template_name = template_name
         self.template_mode = template_mode
         self.image_token = IMAGE_MARKER
