@@ -107,11 +107,19 @@ class IndexMap:
         return kept.unflatten(0, self.mask.shape)
 
 
+def _drawn(size: int, seed: int | None) -> torch.Tensor:
+    """float32 (size,) in [0, 1); with a seed always the same ones."""
+    if seed is None:
+        return torch.rand(size)
+    return torch.rand(size, generator=torch.Generator().manual_seed(seed))
+
+
 def build_map(
     config: CompressionConfig,
     runs: torch.Tensor,
     valid: torch.Tensor,
     scores: torch.Tensor | None = None,
+    training: bool = False,
 ) -> IndexMap:
     """The table of a batch.
 
@@ -119,7 +127,9 @@ def build_map(
         config: method, stride and remainder.
         runs: int64 (B, R, 3), from `place_runs`.
         valid: bool (B, T): positions that hold a token.
-        scores: (B, T) attention of each row's last token, for methods that need it.
+        scores: (B, T) attention of one token in each row, for methods that need it.
+        training: methods that draw do so anew; else the draw of a run depends on nothing but its
+            number in the row, so that answers can be repeated.
 
     Returns:
         Padding is moved to the side where it was.
@@ -132,7 +142,7 @@ def build_map(
     totals = []
     for row, places in enumerate(runs.tolist()):
         kept, count, at = table[row], 0, 0
-        for start, size, columns in (*places, (length, 0, 0)):
+        for number, (start, size, columns) in enumerate((*places, (length, 0, 0))):
             if size == 0 and start != length:
                 continue
             text = valid_rows[row, at:start]
@@ -140,6 +150,8 @@ def build_map(
             count += int(text.sum())
             if size:
                 own = None if scores is None else scores[row, start : start + size]
+                if compressor.draws:
+                    own = _drawn(size, None if training else number)
                 if size < config.stride and keep is False and size == 1:
                     groups = torch.zeros(1, dtype=torch.long)  # a newline
                 else:

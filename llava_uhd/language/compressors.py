@@ -16,7 +16,8 @@ from llava_uhd.errors import UserError
 from llava_uhd.language.runs import Run
 from llava_uhd.registry import Registry
 
-# (run, stride, whether an incomplete group is kept, scores (length,) or None) -> int64 (length,)
+# (run, stride, whether an incomplete group is kept, scores (length,) of a rule that needs or draws
+# them, else None) -> int64 (length,)
 Rule = Callable[[Run, int, bool, torch.Tensor | None], torch.Tensor]
 
 
@@ -27,10 +28,12 @@ class Compressor:
     Attributes:
         groups: its rule.
         needs_scores: it chooses tokens by the attention that the last token of the row pays them.
+        draws: it chooses tokens by random scores.
     """
 
     groups: Rule
     needs_scores: bool = False
+    draws: bool = False
 
 
 COMPRESSORS: Registry[Compressor] = Registry("compressor")
@@ -91,8 +94,10 @@ def average_squares(
 def random_tokens(
     run: Run, stride: int, keep: bool, scores: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """One of ``stride`` tokens stays, drawn anew each time."""
-    return _selected(torch.rand(run.length), num_kept(run.length, stride, keep))
+    """One of ``stride`` tokens stays, drawn at random."""
+    if scores is None:
+        raise ValueError("this compressor needs scores")
+    return _selected(scores, num_kept(run.length, stride, keep))
 
 
 def attended_tokens(
@@ -115,5 +120,5 @@ def _selected(scores: torch.Tensor, count: int) -> torch.Tensor:
 
 COMPRESSORS.add("avgpool1d", Compressor(average_line))
 COMPRESSORS.add("avgpool2d", Compressor(average_squares))
-COMPRESSORS.add("random_drop", Compressor(random_tokens))
+COMPRESSORS.add("random_drop", Compressor(random_tokens, draws=True))
 COMPRESSORS.add("fastv", Compressor(attended_tokens, needs_scores=True))

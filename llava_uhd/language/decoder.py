@@ -36,10 +36,20 @@ def decode(language_model: PreTrainedModel, **inputs: Any) -> BaseModelOutputWit
     return decoder(**inputs, **{name: renamed if past is None else past})
 
 
+def _cache_field() -> str:
+    """What outputs call the cache: renamed in transformers 5.24."""
+    names = {item.name for item in dataclasses.fields(BaseModelOutputWithPast)}
+    return "cache" if "cache" in names else "past_key_values"
+
+
 def cache_of(outputs: BaseModelOutputWithPast) -> Any:
-    """Cache of a decoder's output, under its name before and since transformers 5.24."""
-    names = {item.name for item in dataclasses.fields(outputs)}
-    return getattr(outputs, "cache" if "cache" in names else "past_key_values")
+    """Cache of a decoder's output."""
+    return getattr(outputs, _cache_field())
+
+
+def output_with(hidden: torch.Tensor, cache: Any) -> BaseModelOutputWithPast:
+    """A decoder's output of hidden states (B, T, D) and a cache."""
+    return BaseModelOutputWithPast(last_hidden_state=hidden, **{_cache_field(): cache})
 
 
 def supervised_loss(

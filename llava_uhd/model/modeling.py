@@ -14,24 +14,25 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers import initialization as init
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from llava_uhd.config.model import LlavaUHDConfig
-from llava_uhd.images.maps import Newline, uses_maps, whole_map
-from llava_uhd.images.tokens import view_token_shapes
-from llava_uhd.language.decoder import cache_of, decode, logits_at, supervised_loss
-from llava_uhd.model.generation import VocabularyLogitsProcessors, tidy_generation_config
-from llava_uhd.model.packing import (
-    merge_views,
-    placeholder_mask,
-    repeat_rows,
-    write_features,
+from llava_uhd.config.model import CompressionConfig, LlavaUHDConfig
+from llava_uhd.language.compressed import decode_compressed, is_active
+from llava_uhd.language.decoder import (
+    cache_of,
+    decode,
+    logits_at,
+    output_with,
+    supervised_loss,
 )
+from llava_uhd.model.generation import VocabularyLogitsProcessors, tidy_generation_config
+from llava_uhd.model.packing import placeholder_mask, repeat_rows, write_features
+from llava_uhd.model.visuals import VisualTokens
 from llava_uhd.projectors import build_projector
 from llava_uhd.vision.towers import VisionTower
 
 
-class LlavaUHDForConditionalGeneration(PreTrainedModel, GenerationMixin):
+class LlavaUHDForConditionalGeneration(VisualTokens, PreTrainedModel, GenerationMixin):
     """Multimodal language model over packed views of any shape.
 
     The processor lays the whole sequence out (placeholders and separators); the model embeds it
@@ -102,59 +103,6 @@ class LlavaUHDForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """The language model without its head."""
         return self.language_model.get_decoder()
 
-    def get_image_features(
-        self,
-        pixel_values: torch.Tensor,
-        view_grids: torch.Tensor,
-        token_maps: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Encodes and projects packed views.
-
-        Args:
-            pixel_values: (P, 3 * p * p) packed patches.
-            view_grids: (V, 2) integer (rows, columns).
-            token_maps: (M, 10) integer, how the views' tokens become those of the sequence (the
-                fields of `llava_uhd.images.maps.TokenMap`): needed where they are joined, pooled
-                or have learned newlines.
-
-        Returns:
-            (N, D) tokens of all images and videos, in the order of the sequence.
-
-        Raises:
-            ValueError: ``token_maps`` are missing, or belong to other views.
-        """
-        features = self.vision_tower(pixel_values, view_grids)  # (P, C)
-        tokens = self.projector(features, view_grids, pixel_values)
-        if not uses_maps(self.config.image, self.config.video):
-            return tokens
-        if token_maps is None:
-            raise ValueError(
-                f"image.layout '{self.config.image.layout}' needs token_maps: pass all the "
-                "processor returned"
-            )
-        grids = [(int(rows), int(columns)) for rows, columns in view_grids.tolist()]
-        shapes = view_token_shapes(self.config.projector, grids)
-        newline = self.image_newline
-        merged = merge_views(tokens, shapes, token_maps, newline)
-        if newline is not None and self.training:
-            # Part of the graph in every step, also where no map of the batch has a newline.
-            merged = merged + newline.sum() * 0.0
-        return merged
-
-    def _vision_anchor(self) -> torch.Tensor:
-        """Zero, connected to every tower and projector parameter, at the cost of four patches.
-
-        A training batch without images still runs both modules once, so that gradients exist on
-        every rank and sharded ranks make the same collective calls.
-        """
-        patch = self.config.vision_config.patch_size
-        # An upsampler needs maps of at least 2 x 2.
-        pixels = torch.zeros(4, 3 * patch * patch, device=self.device)
-        (shape,) = view_token_shapes(self.config.projector, [(2, 2)])
-        end = Newline.END if self.image_newline is not None else Newline.NONE
-        one_view, one_map = torch.tensor([[2, 2]]), torch.tensor([whole_map(shape, newline=end)])
-        return self.get_image_features(pixels, one_view, one_map).sum() * 0.0
-
     def embed(
         self,
         input_ids: torch.Tensor,
@@ -207,6 +155,8 @@ class LlavaUHDForConditionalGeneration(PreTrainedModel, GenerationMixin):
         view_grids: torch.Tensor | None = None,
         token_maps: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
+        visual_runs: torch.Tensor | None = None,
+        compression: CompressionConfig | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor | None = None,
@@ -225,6 +175,8 @@ class LlavaUHDForConditionalGeneration(PreTrainedModel, GenerationMixin):
             view_grids: (V, 2) integer (rows, columns) of the views.
             token_maps: see `get_image_features`.
             image_features: (N, D) instead of ``pixel_values``.
+            visual_runs: see `get_visual_runs`; None under compression: found by ``view_grids``.
+            compression: of this pass, instead of ``config.compression``.
             labels: (B, T), -100 where nothing is learned; not shifted.
             logits_to_keep: last positions with logits, 0: all. None: all, or none with labels.
             num_items_in_batch: learned tokens of the whole optimizer step.
@@ -232,6 +184,7 @@ class LlavaUHDForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
         Returns:
             ``loss`` (with labels), ``logits`` (B, kept, vocabulary) or None, cache and the like.
+            Under compression the logits are those of the shortened sequence.
         """
         pictured = pixel_values is not None or image_features is not None
         if (input_ids is None) == (inputs_embeds is None) or (input_ids is None and pictured):
@@ -239,22 +192,45 @@ class LlavaUHDForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if input_ids is not None:
             images = (pixel_values, view_grids, image_features, token_maps)
             inputs_embeds = self.embed(input_ids, *images)
-        outputs = decode(
-            self.language_model,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            # A cache object would switch off the detection of packed samples.
-            use_cache=False if labels is not None else use_cache,
-            **kwargs,
-        )
-        loss, logits = self._loss_and_logits(
-            outputs.last_hidden_state, labels, logits_to_keep, num_items_in_batch
-        )
+            if pictured and visual_runs is None and self._compresses(compression):
+                visual_runs = self.get_visual_runs(input_ids, view_grids, token_maps)
+        # A cache object would switch off the detection of packed samples.
+        kwargs["use_cache"] = False if labels is not None else use_cache
+        kwargs |= {"attention_mask": attention_mask, "position_ids": position_ids}
+        kwargs |= {} if past_key_values is None else {"cache": past_key_values}
+        outputs, labels = self._decode(inputs_embeds, labels, visual_runs, compression, kwargs)
+        states = outputs.last_hidden_state
+        loss, logits = self._loss_and_logits(states, labels, logits_to_keep, num_items_in_batch)
         return CausalLMOutputWithPast(
             loss, logits, cache_of(outputs), outputs.hidden_states, outputs.attentions
         )
+
+    def _compresses(self, compression: CompressionConfig | None) -> bool:
+        """Whether a pass shortens visual tokens; decided anew in every one."""
+        options = self.config.compression if compression is None else compression
+        return is_active(options, self.config.text_config.num_hidden_layers)
+
+    def _decode(
+        self,
+        inputs_embeds: torch.Tensor | None,
+        labels: torch.Tensor | None,
+        runs: torch.Tensor | None,
+        compression: CompressionConfig | None,
+        kwargs: dict[str, Any],
+    ) -> tuple[BaseModelOutputWithPast, torch.Tensor | None]:
+        """Output of the decoder and the labels of its positions, fewer ones under compression."""
+        if runs is None or inputs_embeds is None or not self._compresses(compression):
+            return decode(self.language_model, inputs_embeds=inputs_embeds, **kwargs), labels
+        for name in ("output_hidden_states", "output_attentions"):
+            if kwargs.pop(name, None):
+                raise ValueError(f"{name} is not available under compression: layers differ in it")
+        options = self.config.compression if compression is None else compression
+        hidden, cache, table = decode_compressed(
+            self.get_decoder(), options, runs, inputs_embeds, **kwargs
+        )
+        if labels is not None and table is not None:
+            labels = table.labels(labels.to(hidden.device))
+        return output_with(hidden, cache), labels
 
     def _loss_and_logits(
         self,
@@ -303,6 +279,12 @@ class LlavaUHDForConditionalGeneration(PreTrainedModel, GenerationMixin):
             )
         if image_features is not None:
             kwargs["image_features"] = image_features
+            prompt = inputs if inputs is not None else kwargs.get("input_ids")
+            if self._compresses(kwargs.get("compression")) and prompt is not None:
+                if view_grids is not None:
+                    runs = self.get_visual_runs(prompt, view_grids, token_maps)
+                    kwargs.setdefault("visual_runs", runs)
+                kwargs["prompt_length"] = prompt.shape[1]
         return super().generate(inputs, **kwargs)
 
     def prepare_inputs_for_generation(
@@ -311,6 +293,7 @@ class LlavaUHDForConditionalGeneration(PreTrainedModel, GenerationMixin):
         inputs_embeds: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
         is_first_iteration: bool | None = False,
+        prompt_length: int | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Adds the image tokens to the steps that see the prompt."""
@@ -319,6 +302,8 @@ class LlavaUHDForConditionalGeneration(PreTrainedModel, GenerationMixin):
         )
         if is_first_iteration or not kwargs.get("use_cache", True):
             inputs["image_features"] = image_features
+            if prompt_length is not None and image_features is not None:
+                inputs["scored_at"] = prompt_length - 1
         return inputs
 
     def _expand_inputs_for_generation(  # type: ignore[override]
