@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 from transformers import DynamicCache
 
 from llava_uhd.config.model import CompressionConfig
@@ -18,6 +18,11 @@ from llava_uhd.language.layers import (
     check_decoder,
     library_masks,
     run_layers,
+)
+
+NEEDS_A_LAYER = (
+    "compression.method '{}' chooses by the attention of the layer before: set compression.layer "
+    "to at least 1"
 )
 
 
@@ -56,84 +61,135 @@ def decode_compressed(
 
     Args:
         decoder: of a language model, without its head.
-        config: method, layer, stride, ...
+        config: method, layer, ...
         runs: of the whole sequence, from `place_runs`.
         inputs_embeds: (B, Q, D): the whole sequence, or new tokens behind a cache.
         attention_mask: (B, T) of the whole sequence, cached tokens included.
         position_ids: (B, Q) or (1, Q); restarting ones pack several samples in a row.
         cache: of earlier tokens; the layers from ``config.layer`` on hold fewer.
         use_cache: keep one.
-        scored_at: position of the tokens whose attention "fastv" follows; None: the last of each
-            row. Generation without a cache names the end of the prompt.
+        scored_at: of the tokens whose attention "fastv" follows (the end of the prompt); None:
+            the last of each row.
         **kwargs: of the layers.
 
     Raises:
         UserError: a decoder of another build, or a method that needs an earlier layer.
     """
-    batch, queries = inputs_embeds.shape[:2]
     if use_cache and cache is None:
         cache = DynamicCache(config=decoder.config)
+    given = _read(inputs_embeds, attention_mask, position_ids, cache)
+    kwargs.pop("return_dict", None)
+    options = {"use_cache": use_cache, **kwargs}
+    if config.layer < 0:
+        hidden, table = _before(decoder, config, runs, given, options)
+    else:
+        hidden, table = _between(decoder, config, runs, given, scored_at, options)
+    return Compressed(hidden, cache if use_cache else None, table if given.whole else None)
+
+
+@dataclass(frozen=True)
+class _Given:
+    """One call of the decoder.
+
+    Attributes:
+        hidden: (B, Q, D) embeddings.
+        mask: (B, T) as it was passed, or None.
+        valid: bool (B, T): positions of the whole sequence that hold a token.
+        position_ids: (B, Q).
+        samples: int64 (B, Q) numbers of packed samples, or None.
+        cache: of earlier tokens, or None.
+        whole: nothing is cached: the call holds the whole sequence.
+    """
+
+    hidden: torch.Tensor
+    mask: torch.Tensor | None
+    valid: torch.Tensor
+    position_ids: torch.Tensor
+    samples: torch.Tensor | None
+    cache: Any
+    whole: bool
+
+
+def _read(
+    hidden: torch.Tensor,
+    mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    cache: Any,
+) -> _Given:
+    """Completes what a caller may leave out."""
+    batch, queries = hidden.shape[:2]
     whole = cache is None or cache.get_seq_length() == 0
-    valid = _valid(inputs_embeds, attention_mask, None if whole else position_ids)
+    valid = _valid(hidden, mask, None if whole else position_ids)
     if position_ids is None:
         position_ids = _counted(valid, queries)
     position_ids = position_ids.expand(batch, -1)
-    samples = _packed_samples(position_ids) if attention_mask is None and whole else None
-    kwargs.pop("return_dict", None)
-    options = {"use_cache": use_cache, **kwargs}
-    training, layer = bool(decoder.training), max(config.layer, 0)
-    if config.layer < 0:
-        table = build_map(config, runs, valid, training=training)
-        hidden = _before(decoder, inputs_embeds, table, samples, whole, cache, options)
-        return Compressed(hidden, cache if use_cache else None, table if whole else None)
-    check_decoder(decoder)
-    lower, upper = decoder.layers[:layer], decoder.layers[layer:]
-    masks = library_masks(decoder, inputs_embeds, attention_mask, position_ids, cache)
-    # Of a step behind the cache only the numbers of kept tokens matter, not which ones.
-    scores = torch.zeros(valid.shape) if COMPRESSORS.get(config.method).needs_scores else None
-    if whole and scores is not None:
-        at = _ends(valid) if scored_at is None else torch.full_like(valid[:, 0], scored_at).long()
-        hidden, scores = _with_scores(
-            decoder, lower, inputs_embeds, masks, position_ids, valid, at, cache, options
-        )
-    else:
-        hidden = run_layers(decoder, lower, inputs_embeds, masks, position_ids, cache, **options)
-    table = build_map(config, runs, valid, scores, training)
-    if whole:
-        hidden = table.states(hidden)
-        samples = None if samples is None else table.carry(samples, -1)
-        position_ids = table.positions(position_ids, config.positions == "half")
-    shortened = Shortened(table.mask, hidden.shape[1], samples)
-    masks = shortened.masks(decoder, hidden)
-    options |= {"shown_positions": False, **shortened.flash_arguments(decoder)}
-    hidden = run_layers(decoder, upper, hidden, masks, position_ids, cache, **options)
-    return Compressed(decoder.norm(hidden), cache if use_cache else None, table if whole else None)
+    samples = _packed_samples(position_ids) if mask is None and whole else None
+    return _Given(hidden, mask, valid, position_ids, samples, cache, whole)
 
 
 def _before(
     decoder: Any,
-    hidden: torch.Tensor,
-    table: IndexMap,
-    samples: torch.Tensor | None,
-    whole: bool,
-    cache: Any,
+    config: CompressionConfig,
+    runs: torch.Tensor,
+    given: _Given,
     options: dict[str, Any],
-) -> torch.Tensor:
-    """Shortens the embeddings, then any decoder runs as if the text had been shorter."""
-    if whole:
-        hidden = table.states(hidden)
+) -> tuple[torch.Tensor, IndexMap]:
+    """Shortens the embeddings; then any decoder runs as if there had been fewer."""
+    if COMPRESSORS.get(config.method).needs_scores:
+        raise UserError(NEEDS_A_LAYER.format(config.method))
+    table = build_map(config, runs, given.valid, training=bool(decoder.training))
+    hidden = table.states(given.hidden) if given.whole else given.hidden
     position_ids = _counted(table.mask, hidden.shape[1])
-    if samples is not None:
-        position_ids = position_ids - _counted_before(table.carry(samples, -1))
-    names = {cache_name(decoder.forward): cache}
-    mask = None if bool(table.mask.all()) else table.mask.long()
+    if given.samples is not None:
+        position_ids = position_ids - _starts(table.carry(given.samples, -1))
     output = decoder(
-        inputs_embeds=hidden, attention_mask=mask, position_ids=position_ids, **names, **options
+        inputs_embeds=hidden,
+        attention_mask=None if bool(table.mask.all()) else table.mask.long(),
+        position_ids=position_ids,
+        **{cache_name(decoder.forward): given.cache},
+        **options,
     )
-    return output.last_hidden_state
+    return output.last_hidden_state, table
 
 
-def _counted_before(samples: torch.Tensor) -> torch.Tensor:
+def _between(
+    decoder: Any,
+    config: CompressionConfig,
+    runs: torch.Tensor,
+    given: _Given,
+    scored_at: int | None,
+    options: dict[str, Any],
+) -> tuple[torch.Tensor, IndexMap]:
+    """Shortens the states before layer ``config.layer``."""
+    check_decoder(decoder)
+    lower, upper = decoder.layers[: config.layer], decoder.layers[config.layer :]
+    scores = None
+    if COMPRESSORS.get(config.method).needs_scores:
+        if not len(lower):
+            raise UserError(NEEDS_A_LAYER.format(config.method))
+        # Of a step behind the cache only the numbers of kept tokens matter, not which ones.
+        scores = torch.zeros(given.valid.shape)
+    positions, cache = given.position_ids, given.cache
+    masks = library_masks(decoder, given.hidden, given.mask, positions, cache)
+    hidden = run_layers(decoder, lower[:-1], given.hidden, masks, positions, cache, **options)
+    if scores is not None and given.whole:
+        at = _ends(given.valid)
+        at = at if scored_at is None else torch.full_like(at, scored_at)
+        scores = attention_of(decoder, lower[-1], hidden, positions, given.valid, at)
+    hidden = run_layers(decoder, lower[-1:], hidden, masks, positions, cache, **options)
+    table, samples = build_map(config, runs, given.valid, scores, bool(decoder.training)), None
+    if given.whole:
+        hidden = table.states(hidden)
+        positions = table.positions(positions, config.positions == "half")
+        samples = None if given.samples is None else table.carry(given.samples, -1)
+    shortened = Shortened(table.mask, hidden.shape[1], samples)
+    masks = shortened.masks(decoder, hidden)
+    options = {**options, "shown_positions": False, **shortened.flash_arguments(decoder)}
+    hidden = run_layers(decoder, upper, hidden, masks, positions, cache, **options)
+    return decoder.norm(hidden), table
+
+
+def _starts(samples: torch.Tensor) -> torch.Tensor:
     """int64 (B, T): where the packed sample of each position starts in its row."""
     places = torch.arange(samples.shape[1], device=samples.device).expand_as(samples)
     begins = torch.ones_like(samples, dtype=torch.bool)
@@ -175,29 +231,6 @@ def _packed_samples(position_ids: torch.Tensor) -> torch.Tensor | None:
     if bool((starts.sum(1) <= 1).all()):
         return None
     return starts.long().cumsum(1)
-
-
-def _with_scores(
-    decoder: Any,
-    lower: list[nn.Module],
-    hidden: torch.Tensor,
-    masks: Any,
-    position_ids: torch.Tensor,
-    valid: torch.Tensor,
-    at: torch.Tensor,
-    cache: Any,
-    options: dict[str, Any],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Runs the lower layers, and the attention of the tokens at ``at`` in the last of them."""
-    if not len(lower):
-        raise UserError(
-            "compression.method 'fastv' chooses by the attention of the layer before: set "
-            "compression.layer to at least 1"
-        )
-    hidden = run_layers(decoder, lower[:-1], hidden, masks, position_ids, cache, **options)
-    scores = attention_of(decoder, lower[-1], hidden, position_ids, valid, at)
-    hidden = run_layers(decoder, lower[-1:], hidden, masks, position_ids, cache, **options)
-    return hidden, scores
 
 
 @torch.no_grad()
