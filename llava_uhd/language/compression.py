@@ -8,6 +8,7 @@ any make-up, any number of runs and both sides of padding follow from it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -45,7 +46,7 @@ class IndexMap:
         return old, (self.new_index + rows).flatten()[old]
 
     def states(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Averages the states of each group, in float32, rounded once.
+        """Averages the states of each group, in float32 at least, rounded once.
 
         Args:
             hidden: (B, T, D).
@@ -54,14 +55,13 @@ class IndexMap:
             (B, T', D) in the same dtype; zero at padding.
         """
         old, new = self._flat()
-        size = self.mask.numel()
-        sums = torch.zeros(size, hidden.shape[-1], device=hidden.device, dtype=torch.float32)
-        sums = sums.index_add(0, new, hidden.flatten(0, 1)[old].float())
-        counts = torch.zeros(size, device=hidden.device).index_add_(
-            0, new, torch.ones_like(new, dtype=torch.float32)
-        )
-        means = sums / counts.clamp(min=1)[:, None]
-        return means.to(hidden.dtype).unflatten(0, self.mask.shape)
+        exact = torch.promote_types(hidden.dtype, torch.float32)
+        options: dict[str, Any] = {"device": hidden.device, "dtype": exact}
+        sums = torch.zeros(self.mask.numel(), hidden.shape[-1], **options)
+        sums = sums.index_add(0, new, hidden.flatten(0, 1)[old].to(exact))
+        counts = torch.zeros(len(sums), **options)
+        counts = counts.index_add_(0, new, torch.ones(len(new), **options)).clamp_(min=1)
+        return (sums / counts[:, None]).to(hidden.dtype).unflatten(0, self.mask.shape)
 
     def positions(self, positions: torch.Tensor, half: bool) -> torch.Tensor:
         """Positions of the new tokens: the mean of each group's, rounded down.
