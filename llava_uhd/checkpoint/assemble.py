@@ -30,6 +30,7 @@ from llava_uhd.checkpoint.recipe_parts import (
 from llava_uhd.checkpoint.sources import resolve_folder
 from llava_uhd.checkpoint.vdim import find_vdim
 from llava_uhd.checkpoint.weights import Tensors
+from llava_uhd.config.compression import after_training
 from llava_uhd.config.model import (
     CompressionConfig,
     ImageConfig,
@@ -114,7 +115,9 @@ def assemble(
         made = _from_checkpoint(section, dtype, storage)
     else:
         made = _from_parts(section, dtype, demo_tokenizer, storage)
-    made.model.config.compression = compression
+    config = made.model.config
+    layers = config.text_config.num_hidden_layers
+    config.compression = after_training(compression, config.compression, layers)
     made.processor.template_mode = section.template_mode
     _end_answers(made)
     return made

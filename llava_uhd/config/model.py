@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
+from llava_uhd.config.compression import CompressionConfig as CompressionConfig
 from llava_uhd.config.typed import convert, field_types
 from llava_uhd.errors import UserError
 from llava_uhd.registry import nearest_hint
@@ -213,27 +214,6 @@ class VideoConfig:
             )
         if self.pool_stride < 1:
             raise UserError(f"video.pool_stride must be at least 1, got {self.pool_stride}")
-
-
-@dataclass
-class CompressionConfig:
-    """Visual context compression inside the language model (`method` "none": off).
-
-    Attributes:
-        method: registered compressor.
-        layer: compress after this many decoder layers; -1 means before the language model.
-        stride: visual tokens merged into one.
-        remainder: what happens to the last, incomplete group: "keep" or "drop" (published).
-        positions: "integer", or "half" for the published half-precision positions.
-        schedule: registered schedule of (layer, stride) over training, or None.
-    """
-
-    method: str = "none"
-    layer: int = -1
-    stride: int = 1
-    remainder: str = "keep"
-    positions: str = "integer"
-    schedule: str | None = None
 
 
 Part = TypeVar("Part")

@@ -28,7 +28,8 @@ RECIPES_VARIABLE = "LLAVA_UHD_RECIPES"
 Result = TypeVar("Result")
 
 # A layer that sets the key on the left, and not those on the right, takes the latter back: the
-# later choice wins over what an earlier layer chose in its place.
+# later choice wins over what an earlier layer chose in its place. With "key=value" only that value
+# does so.
 RIVALS: dict[str, tuple[str, ...]] = {
     # A checkpoint also brings its image settings and the shape of its projector.
     "model.checkpoint": (
@@ -51,6 +52,14 @@ RIVALS: dict[str, tuple[str, ...]] = {
     "trainer.global_batch_size": ("trainer.gradient_accumulation_steps",),
     "trainer.gradient_accumulation_steps": ("trainer.global_batch_size",),
     "trainer.num_train_epochs": ("trainer.max_steps",),
+    "compression.schedule": ("compression.layer", "compression.stride"),
+    "compression.layer": ("compression.schedule",),
+    "compression.stride": ("compression.schedule",),
+    "compression.method=none": (
+        "compression.schedule",
+        "compression.layer",
+        "compression.stride",
+    ),
 }
 
 
@@ -256,8 +265,10 @@ def apply_layer(flat: Flat, layer: Flat, kind: RecipeKind[Any]) -> None:
     A checkpoint in another one's place keeps what was set beside that one.
     """
     for key, rivals in kind.rivals.items():
-        replaced = key == "model.checkpoint" and flat.get(key) is not None
-        if layer.get(key) is not None and not replaced:
+        name, _, wanted = key.partition("=")
+        chosen = layer.get(name) is not None and wanted in ("", layer[name])
+        replaced = name == "model.checkpoint" and flat.get(name) is not None
+        if chosen and not replaced:
             for rival in rivals:
                 if rival not in layer:
                     clear(flat, rival)

@@ -15,6 +15,7 @@ from llava_uhd.config.training import UPSAMPLER_PARTS, Recipe
 from llava_uhd.data.collator import Collator
 from llava_uhd.data.dataset import ConversationDataset, open_records
 from llava_uhd.errors import UserError, command
+from llava_uhd.train.compression import RunLength, announce_compression, check_length
 from llava_uhd.train.drawn import is_plain, source_table, write_data_manifest
 from llava_uhd.train.embedded import demo_tokenizer, use_embedded
 from llava_uhd.train.log import CURVE_FILE, JsonLog, draw_loss, read_log
@@ -40,6 +41,7 @@ def main() -> None:
     # The first process draws data and writes files; the others then find them complete.
     with arguments.main_process_first(local=False):
         records = open_records(use_embedded(recipe).data)
+        check_length(recipe.compression, RunLength.planned(arguments, len(records)))
         folder = prepare_output(recipe)
         checkpoint = last_complete_checkpoint(folder)
         if is_first_rank():
@@ -91,6 +93,8 @@ def announce(
         f"{per_device} per device x {steps} accumulated x {world_size()} devices ({device}); "
         f"writing to {recipe.output_dir}"
     )
+    length = RunLength.planned(arguments, len(dataset))
+    announce_compression(recipe.compression, parts.model.config, length)
 
 
 def build_trainer(

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from llava_uhd.checkpoint.manifest import write_whole
 
 LOG_FILE = "log.jsonl"
+# Entries with this key tell that a stage of compression begins.
+STAGE = "compression_stage"
 CURVE_FILE = "loss.png"
 
 
@@ -44,7 +47,13 @@ class JsonLog(TrainerCallback):
         """Cuts the log back to the step that the run goes on from."""
         if not state.is_world_process_zero:
             return
-        kept = [entry for entry in read_log(self.folder) if entry["step"] <= state.global_step]
+        done = state.global_step
+        kept = [
+            entry
+            for entry in read_log(self.folder)
+            # A stage of compression begins behind the step that it names.
+            if entry["step"] < done or (entry["step"] == done and STAGE not in entry)
+        ]
         if state.global_step == 0:
             kept = []
         text = "".join(json.dumps(entry) + "\n" for entry in kept)
@@ -71,8 +80,25 @@ class JsonLog(TrainerCallback):
         """Appends one entry."""
         if not state.is_world_process_zero or not logs:
             return
-        with (self.folder / LOG_FILE).open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+        _append(self.folder, {"step": state.global_step, **logs})
+
+
+def _append(folder: Path, entry: dict[str, Any]) -> None:
+    with (folder / LOG_FILE).open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(entry) + "\n")
+
+
+def append_stage(folder: Path, step: int, number: int, of: int, values: dict[str, int]) -> None:
+    """Writes that a stage of compression begins.
+
+    Args:
+        folder: output folder.
+        step: optimizer steps before it.
+        number: of the stage, from 1.
+        of: number of stages.
+        values: ``compression_layer`` and ``compression_stride``.
+    """
+    _append(folder, {"step": step, STAGE: number, "compression_stages": of, **values})
 
 
 def smooth(values: list[float], weight: float = 0.9) -> list[float]:
@@ -86,6 +112,56 @@ def smooth(values: list[float], weight: float = 0.9) -> list[float]:
         norm = weight * norm + (1 - weight)
         result.append(total / norm)
     return result
+
+
+class StageMark(NamedTuple):
+    """A stage of compression in the picture.
+
+    Attributes:
+        first: step that it begins behind.
+        last: its last step.
+        label: layer/stride, or "off".
+    """
+
+    first: int
+    last: int
+    label: str
+
+
+def stage_marks(entries: list[dict[str, Any]], last: int) -> list[StageMark]:
+    """Stages of a log, as far as they were trained in.
+
+    Args:
+        entries: of the log.
+        last: step of the last loss.
+    """
+    begun = [entry for entry in entries if STAGE in entry and entry["step"] < last]
+    stops = [entry["step"] for entry in begun[1:]] + [last]
+    marks = []
+    for entry, stop in zip(begun, stops, strict=False):
+        layer, stride = entry["compression_layer"], entry["compression_stride"]
+        label = "off" if stride == 1 else f"{layer}/{stride}"
+        marks.append(StageMark(entry["step"], stop, label))
+    return marks
+
+
+def _draw_stages(axes: Any, marks: list[StageMark]) -> None:
+    """A thin line where a stage begins, its name above the middle of it.
+
+    Names of neighbours that are short stand one below the other.
+    """
+    if not marks:
+        return
+    axes.set_ylim(top=axes.get_ylim()[1] * 1.15)
+    width, before, row = marks[-1].last, -math.inf, 0
+    for index, mark in enumerate(marks):
+        if index:
+            axes.axvline(mark.first + 0.5, color="#c46a1b", linewidth=0.8, linestyle=(0, (4, 3)))
+        middle = (mark.first + mark.last + 1) / 2
+        row = row + 1 if middle - before < 0.1 * width else 0
+        before = middle
+        place = {"transform": axes.get_xaxis_transform(), "ha": "center", "va": "top"}
+        axes.text(middle, 0.97 - 0.07 * row, mark.label, fontsize=8, color="#c46a1b", **place)
 
 
 def draw_loss(folders: dict[str, Path], target: Path) -> bool:
@@ -103,14 +179,15 @@ def draw_loss(folders: dict[str, Path], target: Path) -> bool:
 
     curves = {}
     for title, folder in folders.items():
-        points = [(e["step"], e["loss"]) for e in read_log(folder) if "loss" in e]
+        entries = read_log(folder)
+        points = [(e["step"], e["loss"]) for e in entries if "loss" in e]
         if points:
-            curves[title] = points
+            curves[title] = points, stage_marks(entries, points[-1][0])
     if not curves:
         return False
     figure = Figure(figsize=(5.2 * len(curves), 3.4), layout="constrained")
     FigureCanvasAgg(figure)
-    for index, (title, points) in enumerate(curves.items()):
+    for index, (title, (points, marks)) in enumerate(curves.items()):
         axes = figure.add_subplot(1, len(curves), index + 1)
         steps, losses = [p[0] for p in points], [p[1] for p in points]
         axes.plot(steps, losses, color="#b9c6d8", linewidth=0.8, label="each step")
@@ -118,6 +195,7 @@ def draw_loss(folders: dict[str, Path], target: Path) -> bool:
         axes.set(title=title, xlabel="optimizer step", ylabel="loss per learned token")
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
-        axes.legend(frameon=False)
+        _draw_stages(axes, marks)
+        axes.legend(frameon=bool(marks), edgecolor="none", framealpha=0.9)
     figure.savefig(target, dpi=110)
     return True

@@ -24,6 +24,7 @@ from llava_uhd.config.training import Recipe
 from llava_uhd.data.dataset import ConversationDataset
 from llava_uhd.data.sampler import ModalityLengthSampler, SeededSampler
 from llava_uhd.errors import UserError
+from llava_uhd.train.compression import INPUT, ScheduledCompression
 from llava_uhd.train.lora import LoraRun
 from llava_uhd.train.stages import parameter_groups
 
@@ -80,6 +81,12 @@ class StageTrainer(Trainer):
         self.sampler: SeededSampler | None = None
         super().__init__(**kwargs)
         self.add_callback(EpochToSampler(self))
+        self.scheduled: ScheduledCompression | None = None
+        if recipe.compression.schedule is not None:
+            layers = self.model.config.text_config.num_hidden_layers
+            folder = Path(self.args.output_dir)
+            self.scheduled = ScheduledCompression(recipe.compression, layers, folder)
+            self.add_callback(self.scheduled)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         self.sampler = self._make_sampler()
@@ -121,6 +128,16 @@ class StageTrainer(Trainer):
             return
         super()._run_epoch(*args, **kwargs)
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        """Micro-batches of the next step; a schedule says of each how the model compresses."""
+        batches, learned = super().get_batch_samples(*args, **kwargs)
+        if self.scheduled is not None:
+            states = self.scheduled.of_step(self.state.global_step, len(batches))
+            batches = [
+                {**batch, INPUT: state} for batch, state in zip(batches, states, strict=True)
+            ]
+        return batches, learned
+
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> torch.Tensor:
@@ -131,7 +148,10 @@ class StageTrainer(Trainer):
         return super().training_step(model, inputs, *args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds samples and tokens per second, over all devices, since the last entry."""
+        """Adds samples and tokens per second, over all devices, since the last entry.
+
+        With a schedule also the stage of compression.
+        """
         if "loss" in logs:
             now = time.perf_counter()
             seconds = max(now - self._clock, 1e-9)
@@ -139,6 +159,8 @@ class StageTrainer(Trainer):
             logs["samples_per_second"] = round(self._samples * ranks / seconds, 2)
             logs["tokens_per_second"] = round(self._tokens * ranks / seconds, 1)
             self._samples, self._tokens, self._clock = 0, 0, now
+        if self.scheduled is not None:
+            logs.update(self.scheduled.logged(self.state.global_step))
         super().log(logs, *args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
