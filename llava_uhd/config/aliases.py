@@ -5,7 +5,8 @@ section as they are. Everything else that a published command may carry stands i
 the key that means the same, with a translation where the values differ too, or as accepted but
 without effect, with the reason. Here stand the flags of LLaVA 1.5 and LLaVA-UHD v1; those that
 LLaVA-UHD v2 adds stand in `llava_uhd.config.aliases_uhd_v2`, those on tiles and videos in
-`llava_uhd.config.aliases_onevision`, those of LoRA in `llava_uhd.config.aliases_lora`.
+`llava_uhd.config.aliases_onevision`, those of LoRA in `llava_uhd.config.aliases_lora`, those of
+LLaVolta in `llava_uhd.config.aliases_llavolta`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import posixpath
 from typing import Any
 
-from llava_uhd.config import aliases_lora  # noqa: F401  (registers its flags)
+from llava_uhd.config import aliases_llavolta, aliases_lora  # noqa: F401  (register their flags)
 from llava_uhd.config.aliases_onevision import (
     is_whole_model,
     newline_with_language_model,
