@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from fixtures_flash import PLAIN_FLASH
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
@@ -198,11 +199,15 @@ def test_a_batch_equals_its_rows(
         torch.testing.assert_close(kept, alone.hidden[0], atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("backend", ["sdpa", "eager", PLAIN_FLASH])
+@pytest.mark.parametrize("layer", [-1, 0, 2])
 @torch.no_grad()
-def test_packed_samples_equal_single_ones() -> None:
+def test_packed_samples_equal_single_ones(layer: int, backend: str) -> None:
+    """Also where a sample begins with visual tokens: no new position of it is 0."""
     torch.manual_seed(1)
     decoder = LlamaForCausalLM(LlamaConfig(**SHAPE)).eval().model
-    config = CompressionConfig("avgpool1d", 2, 4)
+    decoder.config._attn_implementation = backend
+    config = CompressionConfig("avgpool1d", layer, 4)
     rows = rows_of(SHAPE["hidden_size"])
     embeds = torch.cat([states for states, _, _ in rows])[None]
     visual = torch.cat([flags for _, flags, _ in rows])[None]
