@@ -48,8 +48,27 @@ processes() {
     fi
 }
 
+# Prints a word as a shell reads it.
+quoted() { # WORD
+    case $1 in
+    "" | *[!A-Za-z0-9_./:=,@%+-]*) printf "'%s'\n" "$(printf '%s\n' "$1" | sed "s/'/'\\\\''/g")" ;;
+    *) printf '%s\n' "$1" ;;
+    esac
+}
+
+# Becomes a command, or only prints it, if one of its words is --dry-run.
+become() { # COMMAND [ARGUMENT ...]
+    line="cd $(quoted "$root") &&"
+    dry=
+    for word; do
+        if [ "$word" = --dry-run ]; then dry=1; else line="$line $(quoted "$word")"; fi
+    done
+    [ -n "$dry" ] || exec "$@"
+    printf '%s\n' "$line"
+}
+
 # Runs a module in the repository: one process, or torchrun over the GPUs (NPROC) and the machines
-# (NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT).
+# (NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT). With --dry-run the command is printed instead.
 launch() { # MODULE [ARGUMENT ...]
     use_python
     count=$(processes)
@@ -63,9 +82,10 @@ launch() { # MODULE [ARGUMENT ...]
     elif [ "$count" -gt 1 ]; then
         set -- --standalone --nproc_per_node "$count" -m "$@"
     else
-        exec "$python" -m "$@"
+        become "$python" -m "$@"
+        return
     fi
-    exec "$python" -m llava_uhd.launch "$@"
+    become "$python" -m llava_uhd.launch "$@"
 }
 
 # Trains a recipe: the first word, unless it is an option, replaces the default.

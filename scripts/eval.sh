@@ -1,7 +1,8 @@
 #!/bin/sh
 # Evaluates a checkpoint: sh scripts/eval.sh CHECKPOINT_DIR [TASKS] [--options]
 # A word without -- after the folder is the list of tasks. A bare name is also looked up under
-# checkpoints/ and checkpoints_new/. Processes: as for pretrain.sh.
+# checkpoints/ and checkpoints_new/. Processes: as for pretrain.sh. --dry-run prints the command.
+# Visual context compression at test time: --compression.layer 16 --compression.stride 8
 set -eu
 root=$(CDPATH= cd -- "$(dirname -- "$0")/.." && pwd)
 . "$root/scripts/_common.sh"

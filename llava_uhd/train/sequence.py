@@ -6,10 +6,11 @@
 
 SET is FOLDER/NAME for the recipes FOLDER/pretrain_NAME and FOLDER/finetune_NAME, or a folder that
 holds recipes called pretrain and finetune; onevision/NAME has the four stages stage1, stage1_5,
-stage2_si and stage2_ov. Options go to all stages; --pretrain.OPTION, --stage1.OPTION, ... and
---evaluate.OPTION to one of them; --output_dir DIR to the last stage, the others then write
-DIR-pretrain, DIR-stage1, ... A stage that is finished is not trained again, and one that was broken
-off goes on from its last checkpoint: after an interruption repeat the command.
+stage2_si and stage2_ov. A name may have - for _. Options go to all stages; --pretrain.OPTION,
+--stage1.OPTION, ... and --evaluate.OPTION to one of them; --output_dir DIR to the last stage, the
+others then write DIR-pretrain, DIR-stage1, ... A stage that is finished is not trained again, and
+one that was broken off goes on from its last checkpoint: after an interruption repeat the command.
+--dry-run prints what would be run.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from llava_uhd.train.output import is_finished
 SEQUENCES = (("pretrain", "finetune"), ("stage1", "stage1_5", "stage2_si", "stage2_ov"))
 STAGES = tuple(stage for sequence in SEQUENCES for stage in sequence)
 EVALUATE = "evaluate"
+DRY_RUN = "dry-run"
 OUTPUT_OPTIONS = ("output_dir", "trainer.output_dir")
 
 # An option with its values: ["--data.path", "a.json", "b.json"].
@@ -66,10 +68,12 @@ class Plan:
     Attributes:
         steps: stages in their order.
         evaluate: words for the evaluation, None without one.
+        dry: print the commands instead of running them.
     """
 
     steps: list[Step] = field(default_factory=list)
     evaluate: list[str] | None = None
+    dry: bool = False
 
 
 def recipe_sets() -> dict[str, tuple[str, ...]]:
@@ -121,6 +125,8 @@ def make_plan(name: str, words: Sequence[str]) -> Plan:
         UserError: an unknown set or option.
     """
     sets = recipe_sets()
+    if name not in sets and name.replace("-", "_") in sets:
+        name = name.replace("-", "_")
     if name not in sets:
         hint = nearest_hint(name, list(sets))
         raise UserError(f"unknown recipe set '{name}'{hint} (known: {', '.join(sets)})")
@@ -131,7 +137,9 @@ def make_plan(name: str, words: Sequence[str]) -> Plan:
         option, equals, value = flag[2:].partition("=")
         values = [value, *values] if equals else values
         head, _, rest = option.partition(".")
-        if option == EVALUATE:
+        if option == DRY_RUN and not values:
+            plan.dry = True
+        elif option == EVALUATE:
             plan.evaluate = ["--tasks", *values] if values else plan.evaluate or []
         elif head == EVALUATE and rest:
             own += [f"--{rest}", *values]
@@ -196,21 +204,24 @@ def run(plan: Plan, scripts: Path) -> int:
         Status of the last command.
     """
     recipes = [step.recipe for step in plan.steps]
+    told, last = ("# ", [f"--{DRY_RUN}"]) if plan.dry else ("", [])
     finished = [place for place, recipe in enumerate(recipes) if is_finished(recipe)]
     for place, (step, recipe) in enumerate(zip(plan.steps, recipes, strict=True)):
         if finished and place <= finished[-1]:
             # A finished later stage needs the earlier ones no more, even if they were removed.
-            print(f"{step.name}: finished ({recipe.output_dir}), not trained again", flush=True)
+            print(
+                f"{told}{step.name}: finished ({recipe.output_dir}), not trained again", flush=True
+            )
             continue
-        print(f"{step.name}: training, into {recipe.output_dir}", flush=True)
+        print(f"{told}{step.name}: training, into {recipe.output_dir}", flush=True)
         script = "pretrain.sh" if step is plan.steps[0] else "finetune.sh"
-        status = call(scripts / script, step.name, *step.options)
+        status = call(scripts / script, step.name, *step.options, *last)
         if status:
             return status
     if plan.evaluate is None:
         return 0
-    print(f"evaluating {recipes[-1].output_dir}", flush=True)
-    return call(scripts / "eval.sh", recipes[-1].output_dir, *plan.evaluate)
+    print(f"{told}evaluating {recipes[-1].output_dir}", flush=True)
+    return call(scripts / "eval.sh", recipes[-1].output_dir, *plan.evaluate, *last)
 
 
 def call(script: Path, *words: str) -> int:
