@@ -21,13 +21,13 @@ GENERATED += ["gen_projector_out_s8", "gen_two_images"]
 
 
 class Published:
-    """Golden model A with its vision tower, and the cases."""
+    """A golden model with a vision tower, and the cases."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, name: str) -> None:
         self.folder = folder
         with np.load(folder / "feature_pool.npz") as pool:
             self.pool = torch.from_numpy(pool["features"])
-        values = json.loads((folder / "model_a/config.json").read_text())
+        values = json.loads((folder / name / "config.json").read_text())
         names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
         names += ("num_key_value_heads", "vocab_size", "max_position_embeddings", "rms_norm_eps")
         vision = json.loads((folder / "clip_tiny/config.json").read_text())
@@ -45,7 +45,7 @@ class Published:
         )
         self.model = LlavaUHDForConditionalGeneration(config).eval()
         state = {}
-        for key, tensor in load_file(folder / "model_a/model.safetensors").items():
+        for key, tensor in load_file(folder / name / "model.safetensors").items():
             own = key.replace("model.mm_projector.", "projector.layers.")
             state[own if own.startswith("projector.") else f"language_model.{own}"] = tensor
         for key, tensor in load_file(folder / "clip_tiny/model.safetensors").items():
@@ -98,7 +98,7 @@ class Published:
 
 @pytest.fixture(scope="module")
 def published(golden: Path) -> Published:
-    return Published(golden / "llavolta")
+    return Published(golden / "llavolta", "model_a")
 
 
 def options_of(case: dict[str, Any]) -> CompressionConfig:
@@ -180,3 +180,43 @@ def test_batches_that_the_published_code_cannot_read(
         count = int((results["compressed_labels"][0, 1:] != -100).sum())
         weighted, learned = weighted + single["loss"] * count, learned + count
     assert float(output.loss) == pytest.approx(weighted / learned, abs=1e-4)
+
+
+@torch.no_grad()
+def test_without_compression(published: Published) -> None:
+    """The same model switched off: an ordinary LLaVA-1.5."""
+    case, arrays = published.case("a_none")
+    inputs = published.inputs(case, arrays)
+    output = published.model(**inputs, compression=options_of(case), logits_to_keep=0)
+    logits = output.logits[:, arrays["logit_positions"]]
+    kept = inputs["attention_mask"][:, arrays["logit_positions"]].bool()
+    wanted = torch.from_numpy(arrays["logits"])
+    torch.testing.assert_close(logits[kept], wanted[kept], atol=1e-4, rtol=0)
+    assert float(output.loss) == pytest.approx(case["loss"], abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["a_avgpool1d_k2_s8", "b_heavy_k2_s8"])
+def test_gradients(golden: Path, name: str) -> None:
+    """Of the loss, as far as the projector; and the states that the compression gives."""
+    published = Published(golden / "llavolta", f"model_{name[0]}")
+    case, arrays = published.case(name)
+    model, entering = published.model, []
+    layer = model.language_model.model.layers[case["layer"]]
+    layer.register_forward_pre_hook(lambda module, given: entering.append(given[0]))
+    model(**published.inputs(case, arrays), compression=options_of(case)).loss.backward()
+    found = entering[0][:, arrays["hidden_positions"]]
+    wanted = torch.from_numpy(arrays["hidden_entering_compression_layer"])
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+    for key, norm in case["grad_norms"].items():
+        own = key.replace("model.mm_projector.", "projector.layers.")
+        own = own if own.startswith("projector.") else f"language_model.{own}"
+        gradient = model.get_parameter(own).grad
+        assert gradient is not None
+        assert float(gradient.norm()) == pytest.approx(norm, rel=1e-4), key
+    for key, own in (
+        ("grad_mm_projector_0_weight", model.projector.layers[0].weight),
+        ("grad_q_proj_layer0", model.language_model.model.layers[0].self_attn.q_proj.weight),
+    ):
+        wanted = torch.from_numpy(arrays[key])
+        error = (own.grad[: len(wanted)] - wanted).norm() / wanted.norm()
+        assert float(error) <= 1e-4, key
