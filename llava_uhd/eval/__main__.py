@@ -23,6 +23,14 @@ from rich.markup import escape
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
+from llava_uhd.checkpoint.compression import (
+    active_settings,
+    add_options,
+    compress_model,
+    folder_name,
+    num_layers,
+    read_options,
+)
 from llava_uhd.checkpoint.load import load_pretrained, parse_dtype
 from llava_uhd.checkpoint.sources import find_checkpoint, resolve_folder
 from llava_uhd.checkpoint.weights import read_json
@@ -54,12 +62,18 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     run.add_argument("--beams", type=int, help="default: the task's own")
     run.add_argument("--max-new-tokens", type=int, help="default: the task's own")
     run.add_argument("--data-root", type=Path, help=f"default: {DATA_ROOT}")
-    run.add_argument("--output", type=Path, help="default: CHECKPOINT/eval")
+    run.add_argument(
+        "--output",
+        type=Path,
+        help="default: CHECKPOINT/eval, or eval-compression-K-S beside it when another compression "
+        "than the checkpoint's own is asked for",
+    )
     run.add_argument("--overwrite", action="store_true", help="throw earlier answers away")
     run.add_argument("--device", help="cuda, cuda:N, mps, cpu; default: the best one here")
     run.add_argument("--dtype", help="float32, bfloat16, float16; default: by device")
     run.add_argument("--model-base", help="base of a projector-only or LoRA checkpoint")
     run.add_argument("--vision-tower", help="folder of a tower that replaces the checkpoint's")
+    add_options(run)
     score = commands.add_parser("score", help="score saved answers again, without a model")
     score.add_argument("results", type=Path, help="folder that a run wrote")
     score.add_argument("--data-root", type=Path, help="default: where the run found them")
@@ -119,6 +133,7 @@ def run_command(options: argparse.Namespace) -> int:
     console = Console(stderr=True, quiet=ranks.rank > 0)
     if options.limit is not None and options.limit < 1:
         raise UserError(f"--limit {options.limit}: must be at least 1")
+    compression = read_options(options)
     tasks = choose_tasks(options.tasks, options.data_root, console)
     limits = {
         task.name: make_limits(task, options.beams, options.max_new_tokens, options.batch_size)
@@ -128,10 +143,17 @@ def run_command(options: argparse.Namespace) -> int:
     dtype = parse_dtype(options.dtype) if options.dtype else choose_dtype(device)
     checkpoint = find_checkpoint(options.checkpoint)
     folder = resolve_folder(checkpoint, "checkpoint")
-    output = options.output or _default_output(str(checkpoint), folder)
     model, processor = load_pretrained(
         folder, options.model_base, options.vision_tower, dtype=dtype, device=device
     )
+    layers = num_layers(model)
+    own = active_settings(model.config.compression, layers)
+    off = compress_model(model, compression)
+    if off:
+        console.print(off, markup=False, highlight=False, soft_wrap=True)
+    compressed = active_settings(model.config.compression, layers)
+    name = "eval" if compressed == own else f"eval-{folder_name(compressed)}"
+    output = options.output or _default_output(str(checkpoint), folder, name)
     image = dataclasses.asdict(processor.image_config)
     settings = {
         "model": model_digest(folder),
@@ -139,6 +161,7 @@ def run_command(options: argparse.Namespace) -> int:
         "vision_tower": _digest_of(options.vision_tower, "vision tower"),
         "template": processor.template_name,
         **{f"image.{key}": value for key, value in image.items()},
+        **compressed,
         "dtype": str(dtype).removeprefix("torch."),
         "protocol": "ours",
     }
@@ -199,11 +222,10 @@ def _device_name(name: str | None, ranks: Ranks) -> str | None:
     return name
 
 
-def _default_output(name: str, folder: Path) -> Path:
+def _default_output(checkpoint: str, folder: Path, name: str) -> Path:
     # Results of a hub model do not belong into the hub's cache.
-    return (
-        folder / "eval" if Path(name).is_dir() else Path("checkpoints") / Path(name).name / "eval"
-    )
+    parent = folder if Path(checkpoint).is_dir() else Path("checkpoints") / Path(checkpoint).name
+    return parent / name
 
 
 def _digest_of(path: str | None, what: str) -> str | None:

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from llava_uhd.checkpoint.compression import short_name
 from llava_uhd.errors import UserError
 from llava_uhd.eval.answers import Answer, write_json, write_lines
 from llava_uhd.eval.metrics import mean, standard_error
@@ -64,9 +65,8 @@ class TaskResult:
     @property
     def note(self) -> str:
         """What a reader of the number has to know."""
-        if self.problem:
-            return self.problem
-        return f"first {self.items} of {self.of} only: not comparable" * (self.items < self.of)
+        part = f"first {self.items} of {self.of} only: not comparable" * (self.items < self.of)
+        return "; ".join(filter(None, (short_name(self.settings), self.problem or part)))
 
     @property
     def rows(self) -> list[Row]:

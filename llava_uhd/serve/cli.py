@@ -26,6 +26,7 @@ import torch
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
+from llava_uhd.checkpoint.compression import add_options, compress_model, read_options
 from llava_uhd.checkpoint.load import load_pretrained, parse_dtype
 from llava_uhd.checkpoint.sources import find_checkpoint
 from llava_uhd.errors import UserError, command
@@ -69,6 +70,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     add("--dtype", help="float32, bfloat16, float16; default: by device")
     add("--allow-private-urls", action="store_true",
         help="fetch URLs of private and loopback addresses too")  # fmt: skip
+    add_options(parser)
     return parser.parse_args(words)
 
 
@@ -81,27 +83,34 @@ def read_image(name: str, limits: FetchLimits) -> ImageSource:
     return fetch(name, limits) if is_url(name) else name
 
 
-def load_engine(options: argparse.Namespace) -> ChatEngine:
+def load_engine(options: argparse.Namespace, console: Console) -> ChatEngine:
     """The model that the options name.
 
+    Args:
+        options: of the command line.
+        console: hears where compression is off although it was asked for.
+
     Raises:
-        UserError: no such model, device or precision.
+        UserError: no such model, device, precision or compression.
     """
+    compression = read_options(options)
     quantization = "4bit" if options.load_4bit else "8bit" if options.load_8bit else None
     if quantization and importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(f"--load-{quantization} needs bitsandbytes: bash install.sh --extras qlora")
     device = choose_device(options.device)
     dtype: torch.dtype = parse_dtype(options.dtype) if options.dtype else choose_dtype(device)
-    return ChatEngine(
-        *load_pretrained(
-            find_checkpoint(options.model_path),
-            base=options.model_base,
-            vision_tower=options.vision_tower,
-            dtype=dtype,
-            device=device,
-            quantization=quantization,
-        )
+    model, processor = load_pretrained(
+        find_checkpoint(options.model_path),
+        base=options.model_base,
+        vision_tower=options.vision_tower,
+        dtype=dtype,
+        device=device,
+        quantization=quantization,
     )
+    off = compress_model(model, compression)
+    if off:
+        console.print(off, markup=False, highlight=False, soft_wrap=True)
+    return ChatEngine(model, processor)
 
 
 @dataclass
@@ -264,7 +273,7 @@ def main(words: list[str] | None = None) -> int:
     for name in options.video_file:
         if not Path(name).exists():
             raise UserError(f"--video-file {name} does not exist")
-    chat = Chat(load_engine(options), sampling, limits, console, sys.stdout, plain)
+    chat = Chat(load_engine(options, console), sampling, limits, console, sys.stdout, plain)
     for name, image in images:
         chat.conversation.pending.append(image)
         if not plain:
