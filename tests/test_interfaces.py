@@ -19,6 +19,7 @@ import llava_uhd
 from llava_uhd.config import model as model_config
 from llava_uhd.config import training
 from llava_uhd.config.aliases import ALIASES
+from llava_uhd.config.compression import SCHEDULES
 from llava_uhd.config.recipe import list_recipes, recipes_root
 from llava_uhd.eval.tasks import TASKS
 from llava_uhd.images.strategies import IMAGE_STRATEGIES
@@ -161,6 +162,7 @@ def test_registered_names() -> None:
     found |= {("projector", name) for name in PROJECTORS}
     found |= {("template", name) for name in TEMPLATES}
     found |= {("vision tower", name) for name in TOWERS}
+    found |= {("schedule", name) for name in SCHEDULES}
     found |= {("task", name) for name in TASKS}
     assert documented == found
 

@@ -94,7 +94,7 @@ def announce(
         f"writing to {recipe.output_dir}"
     )
     length = RunLength.planned(arguments, len(dataset))
-    announce_compression(recipe.compression, parts.model.config, length)
+    announce_compression(recipe.compression, parts.model, length)
 
 
 def build_trainer(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.table import Table
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -19,6 +20,11 @@ from llava_uhd.config.compression import CompressionConfig, Schedule, Stage, res
 from llava_uhd.config.model import LlavaUHDConfig
 from llava_uhd.errors import UserError
 from llava_uhd.images.tokens import view_token_shapes
+from llava_uhd.language.compressed import NEEDS_A_LAYER, is_active
+from llava_uhd.language.compressors import COMPRESSORS
+from llava_uhd.language.layers import check_decoder
+from llava_uhd.language.runs import Run
+from llava_uhd.model.modeling import LlavaUHDForConditionalGeneration
 from llava_uhd.train.log import append_stage
 from llava_uhd.train.start import console, is_first_rank, say
 
@@ -210,26 +216,51 @@ def logged(stage: Stage) -> dict[str, int]:
 
 
 def announce_compression(
-    compression: CompressionConfig, config: LlavaUHDConfig, length: RunLength
+    compression: CompressionConfig, model: LlavaUHDForConditionalGeneration, length: RunLength
 ) -> None:
     """Prints the stages of a run, and tells what in them has no effect.
 
     Args:
         compression: section of the recipe.
-        config: of the model.
+        model: that it trains.
         length: of the run.
+
+    Raises:
+        UserError: see `check_stages`.
     """
     if compression.method == "none":
         return
-    layers = config.text_config.num_hidden_layers
+    layers = model.config.text_config.num_hidden_layers
     stages = [Stage(compression.layer, compression.stride)]
     if compression.schedule is not None:
         schedule = resolve_schedule(compression.schedule, layers)
         stages = list(schedule.stages)
         if is_first_rank():
             console.print(stage_table(compression, schedule, length))
-    for warning in warnings(stages, compression.remainder, config):
+    check_stages(compression, stages, model)
+    for warning in warnings(stages, compression.remainder, model.config):
         say(warning)
+
+
+def check_stages(
+    compression: CompressionConfig, stages: list[Stage], model: LlavaUHDForConditionalGeneration
+) -> None:
+    """Finds before training what a later stage could not do.
+
+    Raises:
+        UserError: a language model between whose layers nothing can be compressed, or a layer or
+            stride that the method cannot work with.
+    """
+    compressor = COMPRESSORS.get(compression.method)
+    for stage in stages:
+        state = compression.of_stage(stage)
+        if not is_active(state, model.config.text_config.num_hidden_layers):
+            continue
+        if stage.layer >= 0:
+            check_decoder(model.get_decoder())
+        if compressor.needs_scores and stage.layer < 1:
+            raise UserError(NEEDS_A_LAYER.format(compression.method))
+        compressor.groups(Run(stage.stride), stage.stride, True, torch.zeros(stage.stride))
 
 
 def stage_table(compression: CompressionConfig, schedule: Schedule, length: RunLength) -> Table:
