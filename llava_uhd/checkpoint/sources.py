@@ -112,6 +112,7 @@ def _how_to_get(name: str) -> str:
         "Qwen2-72B-Instruct": "Qwen/Qwen2-72B-Instruct",
         "llava-v1.5-7b": "liuhaotian/llava-v1.5-7b",
         "llava-onevision-qwen2-7b-si": "lmms-lab/llava-onevision-qwen2-7b-si",
+        "clip-vit-large-patch14": "openai/clip-vit-large-patch14",
         "clip-vit-large-patch14-336": "openai/clip-vit-large-patch14-336",
         "siglip-so400m-patch14-384": "google/siglip-so400m-patch14-384",
     }
