@@ -251,11 +251,15 @@ def test_what_a_layout_cannot_hold(
     assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
 
 
-def test_compression_is_refused(tmp_path: Path) -> None:
+def test_compression_is_left_to_who_loads_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The weights are those of an ordinary model; that it compresses is told, not lost."""
     model, processor = make()
-    model.config.compression = CompressionConfig(method="avgpool1d")
-    with pytest.raises(UserError, match="has no compression, this model uses 'avgpool1d'"):
-        export_checkpoint(save(tmp_path / "ours", (model, processor)), "uhd_v2", tmp_path / "out")
+    model.config.compression = CompressionConfig("avgpool1d", 2, 8)
+    export_checkpoint(save(tmp_path / "ours", (model, processor)), "uhd_v2", tmp_path / "out")
+    assert "avgpool1d" in caplog.text and "--compression.layer 2" in caplog.text
+    assert load_pretrained(tmp_path / "out")[0].config.compression == CompressionConfig()
 
 
 def test_separators_of_a_new_training_are_no_constants() -> None:

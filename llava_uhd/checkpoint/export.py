@@ -9,6 +9,7 @@ the source.
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,6 +65,8 @@ from llava_uhd.errors import UserError, make_folder
 from llava_uhd.model.modeling import LlavaUHDForConditionalGeneration
 from llava_uhd.registry import nearest_hint
 from llava_uhd.text.processor import LlavaUHDProcessor
+
+logger = logging.getLogger(__name__)
 
 OURS, ORIGINAL = "llava_uhd", "original"
 TARGETS = (*(layout.slug for layout in LAYOUTS), OURS, ORIGINAL)
@@ -200,10 +203,16 @@ def _layout(target: str, source: _Source) -> Layout:
             f"the {layout.name} layout has no '{kind}' language model, only "
             f"{', '.join(layout.languages)}"
         )
-    if source.config.compression.method != "none":
-        raise UserError(
-            f"the {layout.name} layout has no compression, this model uses "
-            f"'{source.config.compression.method}'"
+    compression = source.config.compression
+    if compression.method != "none" and compression.stride > 1:
+        # It has no weights of its own, and the published files leave it to whoever loads them.
+        logger.warning(
+            "the %s layout cannot say that this model compresses visual tokens (%s): who loads it "
+            "runs without, or sets --compression.layer %s --compression.stride %s",
+            layout.name,
+            compression.method,
+            compression.layer,
+            compression.stride,
         )
     return layout
 
