@@ -324,8 +324,9 @@ def test_a_schedule_brings_its_method() -> None:
     again = type(recipe).from_dict(recipe.to_dict())
     assert again.compression == recipe.compression, "the written recipe is a recipe"
     sentence = "2/8:0.5 off:0.5"
-    spelt = load_recipe(FINETUNE, ["--model.compression.schedule", sentence])
-    assert spelt.compression.schedule == sentence
+    for words in ([sentence], sentence.split()):  # quoted or not
+        spelt = load_recipe(FINETUNE, ["--model.compression.schedule", *words])
+        assert spelt.compression.schedule == sentence
 
 
 @pytest.mark.parametrize(

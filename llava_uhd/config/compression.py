@@ -201,8 +201,9 @@ def parse_schedule(text: str) -> Schedule:
 
 def _wrong(text: str, reason: str) -> UserError:
     names = ", ".join(SCHEDULES.names())
+    advice = " Write" if reason.endswith("?") else "; write"
     return UserError(
-        f"compression.schedule '{text}': {reason}; write stages layer/stride such as {EXAMPLE}, "
+        f"compression.schedule '{text}': {reason}{advice} stages layer/stride such as {EXAMPLE}, "
         f"or a name ({names})"
     )
 

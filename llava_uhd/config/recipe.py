@@ -325,6 +325,8 @@ def _meaning(name: str, value: Any, context: Context, kind: RecipeKind[Any]) -> 
     """Dotted keys that one option of the command line sets."""
     if name.startswith("model.compression"):
         name = name.removeprefix("model.")
+    if name == "compression.schedule" and isinstance(value, list):
+        value = Word(" ".join(value))  # a text of several words without its quotation marks
     if "." in name:
         return {name: value}
     if kind.published_flags and name in ALIASES:

@@ -235,8 +235,9 @@ def announce_compression(
     if compression.schedule is not None:
         schedule = resolve_schedule(compression.schedule, layers)
         stages = list(schedule.stages)
+        say(f"compression schedule {compression.schedule} ({compression.method}):")
         if is_first_rank():
-            console.print(stage_table(compression, schedule, length))
+            console.print(stage_table(schedule, length))
     check_stages(compression, stages, model)
     for warning in warnings(stages, compression.remainder, model.config):
         say(warning)
@@ -263,10 +264,9 @@ def check_stages(
         compressor.groups(Run(stage.stride), stage.stride, True, torch.zeros(stage.stride))
 
 
-def stage_table(compression: CompressionConfig, schedule: Schedule, length: RunLength) -> Table:
+def stage_table(schedule: Schedule, length: RunLength) -> Table:
     """Stages with their first and last step (and micro-batch), counted from 1."""
-    title = f"compression schedule {compression.schedule} ({compression.method})"
-    table = Table(title=title, title_justify="left")
+    table = Table()
     units = ("micro-batches", "steps") if schedule.by_forwards else ("steps",)
     for heading in ("stage", "compression", *units):
         table.add_column(heading, justify="right" if heading in units else "left")
