@@ -116,10 +116,14 @@ def test_names() -> None:
     assert names("avgpool1d", 16, 8) == ("compression 16/8", "compression-16-8")
     assert names("avgpool1d", -1, 8) == ("compression -1/8", "compression-input-8")
     assert names("fastv", 2, 4, "drop") == (
-        "compression fastv 2/4, remainder drop",
+        "compression fastv 2/4 (drop)",
         "compression-fastv-2-4-drop",
     )
-    assert names("avgpool1d", 2, 8, "drop", "half")[1] == "compression-2-8-drop-half"
+    assert names("avgpool1d", 2, 8, "drop", "half") == (
+        "compression 2/8 (drop, half)",
+        "compression-2-8-drop-half",
+    )
+    assert names("random_drop", 2, 8)[1] == "compression-random_drop-2-8"
     for off in (("none",), ("avgpool1d", 32, 8), ("avgpool1d", 2, 1), ("none", 2, 8)):
         assert names(*off) == ("", "compression-off")
     assert set(active_settings(HEAVY, 32)) == {f"compression.{name}" for name in OPTIONS}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -137,15 +138,15 @@ def active_settings(config: CompressionConfig, layers: int) -> dict[str, Any]:
 def short_name(settings: Mapping[str, Any]) -> str:
     """Words for `active_settings`, empty where compression is off.
 
-    Example: ``"compression 16/8"``, ``"compression fastv 2/2, remainder drop"``.
+    Example: ``"compression 16/8"``, ``"compression fastv 2/2 (drop, half)"``.
     """
     if f"{_PREFIX}stride" not in settings:
         return ""
     method, layer, stride, remainder, positions = (settings[_PREFIX + name] for name in OPTIONS)
     words = f"compression {method} " if method != DEFAULT_METHOD else "compression "
-    words += f"{layer}/{stride}"
-    words += f", remainder {remainder}" * (remainder != CompressionConfig.remainder)
-    return words + f", positions {positions}" * (positions != CompressionConfig.positions)
+    other = [remainder] * (remainder != CompressionConfig.remainder)
+    other += [positions] * (positions != CompressionConfig.positions)
+    return words + f"{layer}/{stride}" + (f" ({', '.join(other)})" if other else "")
 
 
 def folder_name(settings: Mapping[str, Any]) -> str:
@@ -154,7 +155,5 @@ def folder_name(settings: Mapping[str, Any]) -> str:
     Example: ``"compression-16-8"``, ``"compression-fastv-2-2-drop"``, ``"compression-off"``,
     ``"compression-input-8"`` for one before the language model.
     """
-    words = short_name(settings) or "compression off"
-    for old, new in (("-1/", "input-"), ("/", "-"), (", remainder", ""), (", positions", "")):
-        words = words.replace(old, new)
-    return words.replace(" ", "-")
+    words = (short_name(settings) or "compression off").replace("-1/", "input/")
+    return "-".join(re.findall("[a-z0-9_]+", words))
