@@ -389,3 +389,9 @@ def test_a_checkpoint_that_compressed_is_told(caplog: pytest.LogCaptureFixture) 
         after_training(asked, before, 4)
     after_training(CompressionConfig(), CompressionConfig(), 4)
     assert not caplog.records
+
+
+def test_a_stride_alone_switches_compression_on() -> None:
+    """Layer and stride without a method mean the published one, as at test time."""
+    assert CompressionConfig(layer=16, stride=8).method == "avgpool1d"
+    assert CompressionConfig(layer=16).method == "none"

@@ -8,16 +8,14 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from llava_uhd.config.compression import DEFAULT_METHOD, CompressionConfig
 from llava_uhd.config.typed import Word, convert, field_types
 from llava_uhd.errors import UserError
-from llava_uhd.language.compressed import NEEDS_A_LAYER, is_active
+from llava_uhd.language.compressed import check_method, is_active
 from llava_uhd.language.compressors import COMPRESSORS
 from llava_uhd.language.layers import check_decoder
-from llava_uhd.language.runs import Run
 
 OPTIONS = {
     "method": f"how tokens become fewer: {', '.join(COMPRESSORS)}; none: not at all",
@@ -53,18 +51,8 @@ def read_options(options: argparse.Namespace) -> dict[str, Any]:
     if config.method != "none":
         COMPRESSORS.get(config.method)
     if {"method", "layer", "stride"} <= given.keys():
-        _check_method(config)  # what nothing can mend is told before a model is loaded
+        check_method(config)  # what nothing can mend is told before a model is loaded
     return given
-
-
-def _check_method(config: CompressionConfig) -> None:
-    """Raises UserError where a method cannot work with its layer or stride."""
-    if config.method == "none":
-        return
-    method = COMPRESSORS.get(config.method)
-    if method.needs_scores and config.layer < 1:
-        raise UserError(NEEDS_A_LAYER.format(config.method))
-    method.groups(Run(4, 2), config.stride, True, torch.zeros(4))
 
 
 def lay_over(own: CompressionConfig, given: dict[str, Any]) -> CompressionConfig:
@@ -88,7 +76,7 @@ def lay_over(own: CompressionConfig, given: dict[str, Any]) -> CompressionConfig
         if name not in values:
             raise UserError(f"--{_PREFIX}{name} is missing: {OPTIONS[name]} (such as {example})")
     config = CompressionConfig(**values)
-    _check_method(config)
+    check_method(config)
     return config
 
 

@@ -250,8 +250,8 @@ class CompressionConfig:
     """Visual context compression inside the language model (`method` "none": off).
 
     Attributes:
-        method: registered compressor (`llava_uhd.language.compressors`). With a schedule "none"
-            becomes "avgpool1d".
+        method: registered compressor (`llava_uhd.language.compressors`). With a schedule or a
+            stride above 1 "none" becomes "avgpool1d".
         layer: compress after this many decoder layers; -1 means before the language model. With as
             many as the decoder has, or more, nothing happens.
         stride: visual tokens merged into one.
@@ -281,6 +281,8 @@ class CompressionConfig:
                     f"compression.{name} must be {' or '.join(known)}, got {getattr(self, name)!r}"
                 )
         if self.schedule is None:
+            if self.stride > 1 and self.method == "none":
+                self.method = DEFAULT_METHOD
             return
         parse_schedule(self.schedule)
         if (self.layer, self.stride) != (-1, 1):

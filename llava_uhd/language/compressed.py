@@ -19,6 +19,7 @@ from llava_uhd.language.layers import (
     library_masks,
     run_layers,
 )
+from llava_uhd.language.runs import Run
 
 NEEDS_A_LAYER = (
     "compression.method '{}' chooses by the attention of the layer before: set compression.layer "
@@ -43,6 +44,21 @@ class Compressed(NamedTuple):
 def is_active(config: CompressionConfig, num_layers: int) -> bool:
     """Whether a configuration changes anything in a decoder of so many layers."""
     return config.method != "none" and config.stride > 1 and config.layer < num_layers
+
+
+def check_method(config: CompressionConfig) -> None:
+    """Finds what a method could not do, before anything is computed.
+
+    Raises:
+        UserError: an unknown method, or one that cannot work with its layer or stride.
+    """
+    if config.method == "none":
+        return
+    compressor = COMPRESSORS.get(config.method)
+    if compressor.needs_scores and config.layer < 1:
+        raise UserError(NEEDS_A_LAYER.format(config.method))
+    size = config.stride
+    compressor.groups(Run(size, size), config.stride, True, torch.zeros(size))
 
 
 def decode_compressed(

@@ -13,6 +13,7 @@ from llava_uhd.images.tokens import view_token_shapes
 from llava_uhd.language.runs import place_runs
 from llava_uhd.model.packing import merge_views, placeholder_mask
 from llava_uhd.model.visual_runs import runs_of_maps, runs_of_views
+from llava_uhd.vision.towers import VisionTower
 
 
 class VisualTokens:
@@ -24,7 +25,7 @@ class VisualTokens:
     config: LlavaUHDConfig
     training: bool
     device: Any
-    vision_tower: nn.Module
+    vision_tower: VisionTower
     projector: nn.Module
     image_newline: nn.Parameter | None
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.table import Table
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -20,10 +19,8 @@ from llava_uhd.config.compression import CompressionConfig, Schedule, Stage, res
 from llava_uhd.config.model import LlavaUHDConfig
 from llava_uhd.errors import UserError
 from llava_uhd.images.tokens import view_token_shapes
-from llava_uhd.language.compressed import NEEDS_A_LAYER, is_active
-from llava_uhd.language.compressors import COMPRESSORS
+from llava_uhd.language.compressed import check_method, is_active
 from llava_uhd.language.layers import check_decoder
-from llava_uhd.language.runs import Run
 from llava_uhd.model.modeling import LlavaUHDForConditionalGeneration
 from llava_uhd.train.log import append_stage
 from llava_uhd.train.start import console, is_first_rank, say
@@ -252,16 +249,13 @@ def check_stages(
         UserError: a language model between whose layers nothing can be compressed, or a layer or
             stride that the method cannot work with.
     """
-    compressor = COMPRESSORS.get(compression.method)
     for stage in stages:
         state = compression.of_stage(stage)
         if not is_active(state, model.config.text_config.num_hidden_layers):
             continue
         if stage.layer >= 0:
             check_decoder(model.get_decoder())
-        if compressor.needs_scores and stage.layer < 1:
-            raise UserError(NEEDS_A_LAYER.format(compression.method))
-        compressor.groups(Run(stage.stride), stage.stride, True, torch.zeros(stage.stride))
+        check_method(state)
 
 
 def stage_table(schedule: Schedule, length: RunLength) -> Table:
