@@ -23,6 +23,7 @@ from llava_uhd.train.lora import add_adapters, finish_adapters, lora_run, storag
 from llava_uhd.train.output import is_finished, last_complete_checkpoint, prepare_output
 from llava_uhd.train.preview import preview
 from llava_uhd.train.setup import deepspeed_config, training_arguments, weight_dtype, world_size
+from llava_uhd.train.sharding import built_whole
 from llava_uhd.train.stages import apply_stage, part_reports
 from llava_uhd.train.start import console, is_first_rank, parse, part_ways, say
 from llava_uhd.train.trainer import StageTrainer
@@ -48,7 +49,8 @@ def main() -> None:
             write_data_manifest(records, folder, going_on=checkpoint is not None)
     set_seed(arguments.seed)
     dtype, kept = weight_dtype(recipe, deepspeed), storage(recipe, arguments, deepspeed)
-    parts = assemble(recipe.model, recipe.compression, dtype, demo_tokenizer, **kept)
+    with built_whole(arguments):
+        parts = assemble(recipe.model, recipe.compression, dtype, demo_tokenizer, **kept)
     add_adapters(parts.model, recipe.lora)
     apply_stage(parts.model, recipe.stage)
     finish_adapters(parts.model, recipe.lora, arguments)
