@@ -74,7 +74,8 @@ def supervised_loss(
     learned = targets != IGNORE_INDEX
     rows = hidden[:, :-1][learned]  # (N, D)
     if rows.shape[0] == 0:
-        return hidden.float().sum() * 0.0
+        # The head runs all the same: processes that share its weights out must all call it.
+        return head(hidden[:1, :1]).float().sum() * 0.0 + hidden.float().sum() * 0.0
     losses = F.cross_entropy(head(rows).float(), targets[learned], reduction="sum")
     if num_items is None:
         return losses / rows.shape[0]

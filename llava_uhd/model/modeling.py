@@ -219,6 +219,9 @@ class LlavaUHDForConditionalGeneration(VisualTokens, PreTrainedModel, Generation
         kwargs: dict[str, Any],
     ) -> tuple[BaseModelOutputWithPast, torch.Tensor | None]:
         """Output of the decoder and the labels of its positions, fewer ones under compression."""
+        if inputs_embeds is not None and runs is None and self.training:
+            # Texts alone: the same path as on other processes, whose batches have images.
+            runs = torch.zeros(len(inputs_embeds), 0, 3, dtype=torch.long)
         if runs is None or inputs_embeds is None or not self._compresses(compression):
             return decode(self.language_model, inputs_embeds=inputs_embeds, **kwargs), labels
         for name in ("output_hidden_states", "output_attentions"):

@@ -5,8 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+from torch import nn
 from transformers import TrainingArguments
 from transformers.integrations import deepspeed as library
+
+from llava_uhd.model.modeling import LlavaUHDForConditionalGeneration
+
+State = dict[str, torch.Tensor]
 
 
 @contextmanager
@@ -29,3 +35,52 @@ def built_whole(arguments: TrainingArguments) -> Iterator[None]:
         yield
     finally:
         library.set_hf_deepspeed_config(settings)
+
+
+class Sharing:
+    """What a model needs so that DeepSpeed can share its weights out, and be saved afterwards.
+
+    Args:
+        model: before the trainer starts.
+        arguments: of the run.
+    """
+
+    def __init__(
+        self, model: LlavaUHDForConditionalGeneration, arguments: TrainingArguments
+    ) -> None:
+        self.scalars: list[str] = []
+        if arguments.deepspeed:
+            self.scalars = widen_scalars(model)
+        if library.is_deepspeed_zero3_enabled():
+            fetch_together(model)
+
+    def tidy(self, model: nn.Module, state: State | None) -> State | None:
+        """The state to save: that of a model that was never shared out; None: the model's own."""
+        if not self.scalars:
+            return state
+        state = dict(model.state_dict()) if state is None else state
+        return state | {name: state[name].reshape(()) for name in self.scalars if name in state}
+
+
+def fetch_together(model: LlavaUHDForConditionalGeneration) -> None:
+    """Lets ZeRO-3 collect the parts before the language model whole, not module by module.
+
+    Inside of them the number of calls depends on the views of a batch (one for each kind of shape),
+    and processes that collect weights in different orders wait for each other for ever.
+    """
+    from deepspeed.utils import set_z3_leaf_modules
+
+    set_z3_leaf_modules(model, [type(model.vision_tower.embeddings), type(model.projector)])
+
+
+def widen_scalars(model: nn.Module) -> list[str]:
+    """Gives parameters without an axis one of length 1: DeepSpeed cannot send them otherwise.
+
+    Returns:
+        Their names.
+    """
+    names = [name for name, parameter in model.named_parameters() if parameter.ndim == 0]
+    for name in names:
+        parameter = model.get_parameter(name)
+        parameter.data = parameter.data.reshape(1)
+    return names

@@ -26,6 +26,7 @@ from llava_uhd.data.sampler import ModalityLengthSampler, SeededSampler
 from llava_uhd.errors import UserError
 from llava_uhd.train.compression import INPUT, ScheduledCompression
 from llava_uhd.train.lora import LoraRun
+from llava_uhd.train.sharding import Sharing
 from llava_uhd.train.stages import parameter_groups
 
 logger = logging.getLogger(__name__)
@@ -80,6 +81,7 @@ class StageTrainer(Trainer):
         self._clock = time.perf_counter()
         self.sampler: SeededSampler | None = None
         super().__init__(**kwargs)
+        self.sharing = Sharing(self.model, self.args)
         self.add_callback(EpochToSampler(self))
         self.scheduled: ScheduledCompression | None = None
         if recipe.compression.schedule is not None:
@@ -165,6 +167,7 @@ class StageTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
+        state_dict = self.sharing.tidy(self.model, state_dict)
         learning = {name for name, p in self.model.named_parameters() if p.requires_grad}
         everything = len(learning) == len(dict(self.model.named_parameters()))
         whole = self.finishing and not self.only_projector and self.lora is None
