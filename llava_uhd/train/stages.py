@@ -165,6 +165,7 @@ def parameter_groups(
         groups.append(
             {
                 "params": parameters,
+                "part": part,
                 "lr": rate_of(part, stage, learning_rate),
                 "weight_decay": weight_decay if decays else 0.0,
             }
