@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import NoReturn
 
 USER_ERROR_STATUS = 2
+# A signal ended a run after its checkpoint was written: the same command goes on (EX_TEMPFAIL).
+STOPPED_STATUS = 75
+INTERRUPTED_STATUS = 130
 # Set by `llava_uhd.launch`: many processes make the same mistake, the launcher tells it once.
 LAUNCHER_VARIABLE = "LLAVA_UHD_LAUNCHER"
 
@@ -50,7 +53,8 @@ def _tell(error: UserError) -> None:
 def command(main: Callable[[], int | None]) -> NoReturn:
     """Runs the ``main`` of a command and leaves the process with its status.
 
-    Status 0 is success, 2 a `UserError` (printed as one line on stderr), 130 an interrupt.
+    Status 0 is success, 2 a `UserError` (printed as one line on stderr), 130 an interrupt; 75 is
+    what a training run returns that a signal ended behind a checkpoint.
     """
     try:
         status = main() or 0
@@ -59,7 +63,7 @@ def command(main: Callable[[], int | None]) -> NoReturn:
         status = USER_ERROR_STATUS
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        status = 130
+        status = INTERRUPTED_STATUS
     except BrokenPipeError:
         # The reader (`| head`) left: nothing to say, and nobody to say it to.
         sys.stderr.close()

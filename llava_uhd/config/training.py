@@ -202,6 +202,8 @@ class TrainerConfig:
         global_batch_size: samples per optimizer step over all devices; kept when their number
             changes. None: per-device batch times accumulation times devices.
         group_by_modality_length: batches of like length and modality, the published sampler.
+        max_grad_norm_stop: a gradient norm above it, before clipping, ends the run without taking
+            the step; None: only one that is not finite does.
         arguments: any other fields of transformers' ``TrainingArguments``. In a recipe they stand
             beside the keys above.
     """
@@ -209,6 +211,7 @@ class TrainerConfig:
     output_dir: str | None = None
     global_batch_size: int | None = None
     group_by_modality_length: bool = False
+    max_grad_norm_stop: float | None = None
     arguments: dict[str, Any] = field(
         default_factory=dict, metadata={"open_keys": training_argument_types}
     )
@@ -219,6 +222,9 @@ class TrainerConfig:
         rate = self.arguments.get("learning_rate")
         if rate is not None and rate < 0:
             raise UserError(f"trainer.learning_rate must not be negative, got {rate}")
+        bound = self.max_grad_norm_stop
+        if bound is not None and bound <= 0:
+            raise UserError(f"trainer.max_grad_norm_stop must be above 0 or null, got {bound}")
         counts = {
             "global_batch_size": self.global_batch_size,
             "per_device_train_batch_size": self.arguments.get("per_device_train_batch_size"),

@@ -18,9 +18,10 @@ from llava_uhd.errors import UserError, command
 from llava_uhd.train.compression import RunLength, announce_compression, check_length
 from llava_uhd.train.drawn import is_plain, source_table, write_data_manifest
 from llava_uhd.train.embedded import demo_tokenizer, use_embedded
+from llava_uhd.train.guarded import stopped, told_of_the_disk
 from llava_uhd.train.log import CURVE_FILE, JsonLog, draw_loss, read_log
 from llava_uhd.train.lora import add_adapters, finish_adapters, lora_run, storage
-from llava_uhd.train.output import is_finished, last_complete_checkpoint, prepare_output
+from llava_uhd.train.output import agreed, is_finished, last_complete_checkpoint, prepare_output
 from llava_uhd.train.preview import preview
 from llava_uhd.train.setup import deepspeed_config, training_arguments, weight_dtype, world_size
 from llava_uhd.train.sharding import built_whole
@@ -29,14 +30,14 @@ from llava_uhd.train.start import console, is_first_rank, parse, part_ways, say
 from llava_uhd.train.trainer import StageTrainer
 
 
-def main() -> None:
+def main() -> int:
     """Runs one stage from its recipe to its output folder."""
     recipe = parse("llava_uhd.train", "Train one stage.")
     deepspeed = deepspeed_config(recipe)
     arguments = training_arguments(recipe, deepspeed)
     if is_finished(recipe):
         say(f"{recipe.output_dir} is finished: nothing to do. Remove it to train again.")
-        return
+        return 0
     # Everything that can be wrong with the inputs is found before the model is loaded.
     check_parts(recipe.model)
     # The first process draws data and writes files; the others then find them complete.
@@ -44,9 +45,10 @@ def main() -> None:
         records = open_records(use_embedded(recipe).data)
         check_length(recipe.compression, RunLength.planned(arguments, len(records)))
         folder = prepare_output(recipe)
-        checkpoint = last_complete_checkpoint(folder)
+        checkpoint = last_complete_checkpoint(folder) if is_first_rank() else None
         if is_first_rank():
             write_data_manifest(records, folder, going_on=checkpoint is not None)
+    checkpoint = agreed(checkpoint)
     set_seed(arguments.seed)
     dtype, kept = weight_dtype(recipe, deepspeed), storage(recipe, arguments, deepspeed)
     with built_whole(arguments):
@@ -60,10 +62,13 @@ def main() -> None:
     trainer = build_trainer(recipe, arguments, parts, dataset, folder)
     if checkpoint is not None:
         say(f"Going on from {checkpoint}")
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if not trainer.run(checkpoint):
+        return stopped(trainer)
     trainer.finish()
-    conclude(recipe, trainer, folder)
+    with told_of_the_disk(folder):
+        conclude(recipe, trainer, folder)
     part_ways()
+    return 0
 
 
 def learns_only_projector(recipe: Recipe, parts: Assembled) -> bool:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import logging
-import shutil
+import platform
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from llava_uhd.checkpoint.manifest import read_manifest, write_whole
 from llava_uhd.config.resolved import Resolved
 from llava_uhd.config.typed import load_yaml
 from llava_uhd.errors import UserError
-from llava_uhd.train.trainer import TRAINABLE_FILE
-
-logger = logging.getLogger(__name__)
+from llava_uhd.train.saving import SEAL_FILE, last_whole, newest
 
 RECIPE_FILE = "recipe.yaml"
 
@@ -27,6 +26,7 @@ _HARMLESS = (
     "report_to",
     "dataloader_num_workers",
     "disable_tqdm",
+    "max_grad_norm_stop",
     "output_dir",
 )
 # So is what only decides whether and how a run starts.
@@ -76,7 +76,7 @@ def is_finished(recipe: Resolved) -> bool:
     folder = Path(recipe.output_dir)
     path = folder / RECIPE_FILE
     finished = bool(read_manifest(folder).get("finished"))
-    begun = finished or any(_is_complete(each) for each in folder.glob("checkpoint-*"))
+    begun = finished or newest(folder) is not None
     if begun and path.is_file():
         changed = differences(_comparable(_filled(path, recipe)), _comparable(recipe.to_dict()))
         if changed:
@@ -103,28 +103,27 @@ def prepare_output(recipe: Resolved) -> Path:
 
 
 def last_complete_checkpoint(folder: Path) -> Path | None:
-    """Newest ``checkpoint-N`` that was written to its end.
+    """Newest ``checkpoint-N`` whose files are all as they were written.
 
-    The trainer state is written last, so a folder that a kill left half-written lacks it; such
-    folders are removed, because a later step would mix old and new files in them.
+    Newer ones are set aside with a warning; what a kill left half-written is removed. For the first
+    process only; `agreed` tells the others.
     """
-    found: list[tuple[int, Path]] = []
-    for path in folder.glob("checkpoint-*"):
-        number = path.name.rpartition("-")[2]
-        if not number.isdigit():
-            continue
-        if _is_complete(path):
-            found.append((int(number), path))
-        else:
-            logger.warning("removing %s: it was not written to its end", path)
-            shutil.rmtree(path)
-    return max(found)[1] if found else None
+    return last_whole(folder)
 
 
-def _is_complete(path: Path) -> bool:
-    try:
-        state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
-        return False
-    weights = (TRAINABLE_FILE, "model.safetensors", "model.safetensors.index.json")
-    return "global_step" in state and any((path / name).is_file() for name in weights)
+def agreed(checkpoint: Path | None) -> Path | None:
+    """The first process's checkpoint, on every process.
+
+    Raises:
+        UserError: a process does not see it.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return checkpoint
+    told: list[Path | None] = [checkpoint]
+    torch.distributed.broadcast_object_list(told)
+    if told[0] is not None and not (told[0] / SEAL_FILE).is_file():
+        raise UserError(
+            f"{told[0]} is not there on {platform.node()}: trainer.output_dir must be a folder "
+            "that all machines share"
+        )
+    return told[0]

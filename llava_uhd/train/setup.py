@@ -94,6 +94,8 @@ def training_arguments(recipe: Resolved, deepspeed: Path | None) -> TrainingArgu
         "deepspeed": str(deepspeed) if deepspeed else None,
     }
     values.setdefault("report_to", "none")
+    # It would put the mean of other losses in the place of one that is no number.
+    values.setdefault("logging_nan_inf_filter", False)
     if not torch.cuda.is_available() and not torch.backends.mps.is_available():
         values["use_cpu"] = True
         values["dataloader_pin_memory"] = False

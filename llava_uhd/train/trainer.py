@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import Sampler
 from transformers import (
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -20,11 +19,13 @@ from transformers import (
 )
 
 from llava_uhd.checkpoint.parts import PROJECTOR_FILE, save_projector
+from llava_uhd.checkpoint.streamed import save_streamed
 from llava_uhd.config.training import Recipe
 from llava_uhd.data.dataset import ConversationDataset
 from llava_uhd.data.sampler import ModalityLengthSampler, SeededSampler
 from llava_uhd.errors import UserError
 from llava_uhd.train.compression import INPUT, ScheduledCompression
+from llava_uhd.train.guarded import GuardedTrainer
 from llava_uhd.train.lora import LoraRun
 from llava_uhd.train.sharding import Sharing
 from llava_uhd.train.stages import parameter_groups
@@ -54,7 +55,7 @@ class EpochToSampler(TrainerCallback):
             self.trainer.sampler.set_epoch(int(state.epoch or 0))
 
 
-class StageTrainer(Trainer):
+class StageTrainer(GuardedTrainer):
     """Trains one stage of a recipe.
 
     While a part is frozen its weights are not written into intermediate checkpoints: they hold
@@ -188,11 +189,11 @@ class StageTrainer(Trainer):
             self.processing_class.save_pretrained(folder)
             return
         kept = {
-            name: tensor.detach().cpu().contiguous()
+            name: tensor
             for name, tensor in state.items()
             if name in learning
         }
-        save_file(kept, folder / TRAINABLE_FILE, metadata={"format": "pt"})
+        save_streamed(kept, folder / TRAINABLE_FILE)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
@@ -215,4 +216,4 @@ class StageTrainer(Trainer):
     def finish(self) -> None:
         """Writes the finished stage into the output folder (all ranks take part)."""
         self.finishing = True
-        self.save_model(self.args.output_dir)
+        self.write_result(lambda folder: self.save_model(str(folder)))

@@ -17,8 +17,9 @@ from llava_uhd.checkpoint.manifest import write_manifest
 from llava_uhd.config.recipe import list_recipes
 from llava_uhd.config.vdim import VDIM_RECIPES, VdimRecipe, load_vdim_recipe
 from llava_uhd.errors import UserError, command
+from llava_uhd.train.guarded import stopped, told_of_the_disk
 from llava_uhd.train.log import JsonLog, read_log
-from llava_uhd.train.output import is_finished, last_complete_checkpoint, prepare_output
+from llava_uhd.train.output import agreed, is_finished, last_complete_checkpoint, prepare_output
 from llava_uhd.train.setup import training_arguments, world_size
 from llava_uhd.train.start import part_ways
 from llava_uhd.train.vdim.build import build_module, build_transform, load_result, tower_name
@@ -34,16 +35,16 @@ console = Console(highlight=False)
 CURVE_FILE = "loss.png"
 
 
-def main() -> None:
+def main() -> int:
     """Runs one pre-training from its recipe to its output folder."""
     recipe, finished = parse()
     arguments = vdim_arguments(recipe)
     if finished is not None:
         console.print(measure_table(measure_finished(recipe, arguments, finished)))
-        return
+        return 0
     if is_finished(recipe):
         say(f"{recipe.output_dir} is finished: nothing to do. Remove it to train again.", arguments)
-        return
+        return 0
     pictures = open_pictures(recipe.data)
     # The pictures of the measurement at the end: a broken one is found now, not after the training.
     for group in pictures.held_out.values():
@@ -53,15 +54,19 @@ def main() -> None:
     module = build_module(recipe)
     with arguments.main_process_first(local=False):
         folder = prepare_output(recipe)
-        checkpoint = last_complete_checkpoint(folder)
+        checkpoint = last_complete_checkpoint(folder) if arguments.process_index == 0 else None
+    checkpoint = agreed(checkpoint)
     announce(recipe, arguments, module, pictures)
     trainer = build_trainer(recipe, arguments, module, pictures, folder)
     if checkpoint is not None:
         say(f"Going on from {checkpoint}", arguments)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if not trainer.run(checkpoint):
+        return stopped(trainer)
     trainer.finish(tower_name(recipe))
-    conclude(recipe, trainer, folder)
+    with told_of_the_disk(folder):
+        conclude(recipe, trainer, folder)
     part_ways()
+    return 0
 
 
 def parse() -> tuple[VdimRecipe, Path | None]:

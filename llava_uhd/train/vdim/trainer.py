@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import Sampler
 from transformers import (
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -24,6 +23,7 @@ from llava_uhd.config.vdim import VdimRecipe
 from llava_uhd.data.sampler import SeededSampler
 from llava_uhd.errors import UserError
 from llava_uhd.images.feature_pictures import pyramid_picture, stack_sheets
+from llava_uhd.train.guarded import GuardedTrainer
 from llava_uhd.train.trainer import TRAINABLE_FILE
 from llava_uhd.train.vdim.build import HEADS_FILE, published_heads
 from llava_uhd.train.vdim.data import Pictures, PictureSet, Transform, batches
@@ -75,7 +75,7 @@ class Watch(TrainerCallback):
             self.trainer.measure(step)
 
 
-class VdimTrainer(Trainer):
+class VdimTrainer(GuardedTrainer):
     """Trains a `VdimModule`.
 
     Everything random in a step follows from (seed, step, micro-batch): a run that goes on after a
@@ -253,9 +253,11 @@ class VdimTrainer(Trainer):
 
     def finish(self, tower: str) -> None:
         """Writes the results: the upsampler in our format and the published one, and the heads."""
+        self.write_result(lambda folder: self._write(folder, tower))
+
+    def _write(self, folder: Path, tower: str) -> None:
         if not self.args.should_save:
             return
-        folder = Path(self.args.output_dir)
         stack = self.model.upsampler.state_dict()
         facts = {
             "width": str(self.model.features.width),
