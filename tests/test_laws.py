@@ -30,12 +30,12 @@ FLOORS = {
     "train": 6,
     "eval": 6,
     "serve": 6,
-    "bench": 6,
     "inspect": 6,
     "launch": 6,
     "convert": 6,
     "merge_lora": 6,
     "quickstart": 7,
+    "bench": 7,
 }
 NEVER = {("model", "text"), ("model", "data"), ("data", "model")}
 MAX_FILE_LINES = 400
