@@ -182,7 +182,7 @@ class HiwinWeights(nn.Module):
         if down or right:  # the last row or column goes on, and is cut off again below
             source = F.pad(source, (0, right, 0, down), mode="replicate")
             guidance = F.pad(guidance, (0, right * width, 0, down * height), mode="replicate")
-        maps = self.upsampler(source, guidance, wanted)
+        maps = self.upsampler.forward(source, guidance, wanted)  # without hooks, see `call`
         return {
             scale: maps[scale].permute(0, 2, 3, 1)[:, : scale * rows, : scale * columns]
             for scale in wanted

@@ -51,8 +51,6 @@ class Sharing:
         self.scalars: list[str] = []
         if arguments.deepspeed:
             self.scalars = widen_scalars(model)
-        if library.is_deepspeed_zero3_enabled():
-            fetch_together(model)
 
     def tidy(self, model: nn.Module, state: State | None) -> State | None:
         """The state to save: that of a model that was never shared out; None: the model's own."""
@@ -60,17 +58,6 @@ class Sharing:
             return state
         state = dict(model.state_dict()) if state is None else state
         return state | {name: state[name].reshape(()) for name in self.scalars if name in state}
-
-
-def fetch_together(model: LlavaUHDForConditionalGeneration) -> None:
-    """Lets ZeRO-3 collect the parts before the language model whole, not module by module.
-
-    Inside of them the number of calls depends on the views of a batch (one for each kind of shape),
-    and processes that collect weights in different orders wait for each other for ever.
-    """
-    from deepspeed.utils import set_z3_leaf_modules
-
-    set_z3_leaf_modules(model, [type(model.vision_tower.embeddings), type(model.projector)])
 
 
 def widen_scalars(model: nn.Module) -> list[str]:

@@ -80,7 +80,10 @@ class PositionTable(nn.Module):
         """Normal rows."""
         init.normal_(self.weight, std=0.02)
 
-    def forward(self, grids: list[tuple[int, int]]) -> list[torch.Tensor]:
-        """Returns the rows for each grid, prefix rows first: ``(num_prefix + h * w, C)`` each."""
+    def forward(self, grids: list[tuple[int, int]]) -> torch.Tensor:
+        """The rows for each grid, prefix rows first, one after another: (N, C).
+
+        A single tensor: processes that share weights out count the results of a module.
+        """
         unique = {grid: self._rows(self.weight, grid) for grid in dict.fromkeys(grids)}
-        return [unique[grid] for grid in grids]
+        return torch.cat([unique[grid] for grid in grids])

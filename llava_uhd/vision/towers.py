@@ -120,14 +120,12 @@ class ViewEmbeddings(nn.Module):
         """
         patches = self.patch_embedding(pixel_values)  # (P, C)
         views = patches.split([rows * columns for rows, columns in grids])
-        positions = self.position_embedding(grids)
         pieces: list[torch.Tensor] = []
         for index in order:
-            view = views[index]
             if self.class_embedding is not None:
-                view = torch.cat([self.class_embedding.unsqueeze(0), view])
-            pieces.append(view + positions[index])
-        return torch.cat(pieces)
+                pieces.append(self.class_embedding.unsqueeze(0))
+            pieces.append(views[index])
+        return torch.cat(pieces) + self.position_embedding([grids[index] for index in order])
 
 
 class VisionTower(nn.Module):

@@ -40,6 +40,21 @@ def learns(module: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in module.parameters())
 
 
+def call(module: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
+    """Runs a module, and what it holds in a row, without its hooks.
+
+    A stack runs once for every kind of view shape in a batch. Hooks are where ZeRO-3 collects
+    weights, in an order that must be the same in every process: so they run once, at the module
+    that calls the stack.
+    """
+    if type(module) is nn.Sequential:
+        for part in module:
+            inputs = (call(part, *inputs),)
+        return inputs[0]
+    result: torch.Tensor = module.forward(*inputs)
+    return result
+
+
 def reset_conv(conv: nn.Conv2d) -> None:
     """The framework's initial values, also for modules that were built without storage."""
     fan_in = conv.weight[0].numel()
@@ -101,7 +116,7 @@ class JBUStage(QuietWhileFrozen):
         Returns:
             (B, H, W, 49), float32 or better.
         """
-        keys = self.range_proj(guidance).permute(0, 2, 3, 1)  # (B, H, W, 32)
+        keys = call(self.range_proj, guidance).permute(0, 2, 3, 1)  # (B, H, W, 32)
         scores = window_products(keys).flatten(3)
         temperature = self.range_temp.to(scores.dtype).exp().clamp(1e-4, 1e4)
         return (temperature * scores).softmax(-1)
@@ -125,7 +140,7 @@ class JBUStage(QuietWhileFrozen):
         kernel = kernel * self.spatial_kernel(kernel.dtype)
         kernel = kernel / kernel.sum(-1, keepdim=True).clamp_min(1e-7)
         pixels = kernel.permute(0, 3, 1, 2)
-        correction = self.fixup_proj(torch.cat([pixels.to(guidance.dtype), guidance], 1))
+        correction = call(self.fixup_proj, torch.cat([pixels.to(guidance.dtype), guidance], 1))
         kernel = torch.add(kernel, correction.permute(0, 2, 3, 1), alpha=0.1)
         return kernel.unflatten(-1, (TAPS, TAPS))
 
@@ -184,10 +199,10 @@ class Fixup(QuietWhileFrozen, nn.Sequential):
         dropout, conv = self
         grad = torch.is_grad_enabled() and (maps.requires_grad or learns(self))
         if grad or self.training:
-            dropped = dropout(maps.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-            return torch.add(maps, conv(dropped), alpha=0.1)
+            dropped = call(dropout, maps.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+            return torch.add(maps, call(conv, dropped), alpha=0.1)
         for rows in maps.view(-1, maps.shape[-1]).split(IN_PLACE_ELEMENTS // maps.shape[-1] + 1):
-            rows.add_(conv(rows), alpha=0.1)
+            rows.add_(call(conv, rows), alpha=0.1)
         return maps
 
 
@@ -294,8 +309,8 @@ class UpsamplerStack(QuietWhileFrozen):
         """
         rows = self._rows(source, guidance)
         for stage in self.stages().values():
-            rows = stage(rows, guidance)
-        return self.fixup_proj(rows).permute(0, 3, 1, 2)
+            rows = call(stage, rows, guidance)
+        return call(self.fixup_proj, rows).permute(0, 3, 1, 2)
 
     def _rows(self, source: torch.Tensor, guidance: torch.Tensor) -> torch.Tensor:
         """Channels last in the parameters' dtype, checked."""
@@ -322,10 +337,10 @@ class UpsamplerStack(QuietWhileFrozen):
         for scale, stage in self.stages().items():
             if scale > max(chosen, default=0):
                 break
-            rows = stage(rows, guidance)
+            rows = call(stage, rows, guidance)
             fixup = self.fixup(scale)
             if fixup is not None:
-                rows = fixup(rows)
+                rows = call(fixup, rows)
             if scale == 8 and torch.is_grad_enabled() and learns(self.fixup_proj):
                 idle = [each.sum() for each in self.fixup_proj.parameters()]
                 rows.add_(torch.stack(idle).sum() * 0.0)
