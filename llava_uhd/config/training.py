@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from llava_uhd.config.lora import LoraSection
 from llava_uhd.config.model import CompressionConfig, ImageConfig, ProjectorConfig, VideoConfig
+from llava_uhd.config.packed import check_packed
 from llava_uhd.config.resolved import Resolved
 from llava_uhd.config.schema import Flat, build, leaf_types
 from llava_uhd.errors import UserError
@@ -106,6 +107,11 @@ class DataConfig:
         max_length: most tokens of a sample, or None.
         overlong: "error" stops when the cut at `max_length` would lose an image; "drop" removes
             whole images from the cut on, counted.
+        batching: "padded": samples in rows of their own, padded to the longest one; "packed": side
+            by side in rows of at most `pack_tokens` tokens, without padding.
+        pack_tokens: tokens of a packed row, one per device and forward pass; None: as many as
+            ``trainer.per_device_train_batch_size`` samples have on average, at least those of the
+            longest sample.
         check_files: look for every image file before training; switch off for huge data on slow
             disks.
         follow_links: allow links inside `image_folder` and `video_folder` that lead out of them.
@@ -127,6 +133,8 @@ class DataConfig:
     six_slice_probability: float = 0.0
     max_length: int | None = 2048
     overlong: Literal["error", "drop"] = "error"
+    batching: Literal["padded", "packed"] = "padded"
+    pack_tokens: int | None = None
     check_files: bool = True
     follow_links: bool = False
     preview: int = 2
@@ -136,7 +144,7 @@ class DataConfig:
         for name in ("max_broken", "six_slice_probability", "max_unlearned"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"data.{name} must be between 0 and 1, got {getattr(self, name)}")
-        for name in ("textvqa_long_side", "max_length"):
+        for name in ("textvqa_long_side", "max_length", "pack_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"data.{name} must be at least 1 or null, got {value}")
@@ -312,6 +320,10 @@ class Recipe(Resolved):
                 "lora.r is set but stage.learn leaves the language model out: give its adapters "
                 "a rate (--stage.learn.language_model 2e-4), or drop them (--lora_enable False)"
             )
+        if self.data.batching == "packed":
+            trainer = self.trainer
+            by_modality, total = trainer.group_by_modality_length, trainer.global_batch_size
+            check_packed(by_modality, total, trainer.arguments)
         wanted = [f"stage.learn.{part}" for part in UPSAMPLER_PARTS if part in self.stage.learn]
         if self.model.upsampler_file is not None:
             wanted.append("model.upsampler_file")

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset, get_worker_info
 
 from llava_uhd.config.training import DataConfig
 from llava_uhd.data.files import ImageRoot
+from llava_uhd.data.headers import Headers, image_size
 from llava_uhd.data.records import Record, Records, read_records
 from llava_uhd.errors import UserError
 from llava_uhd.images.geometry import Size, fit_long_side, six_slice_size
@@ -39,10 +40,6 @@ logger = logging.getLogger(__name__)
 MAX_WORKERS = 128
 COUNTS = ("samples", "broken", "dropped_images", "truncated_samples", "truncated_tokens")
 EPOCH, EPOCH_BROKEN = len(COUNTS), len(COUNTS) + 1
-
-# EXIF orientations that swap width and height.
-TURNED = (5, 6, 7, 8)
-ORIENTATION_TAG = 0x0112
 
 
 class BrokenSample(NamedTuple):
@@ -185,30 +182,60 @@ class ConversationDataset(Dataset[dict[str, Any] | BrokenSample]):
             BrokenFileError: a header cannot be read.
             UserError: the sample does not fit; the message has file, index and id.
         """
-        record = self.records[index]
+        headers = self.headers(index)
         where = self.records.where(index)
-        processor, placeholder = self.processor, self.processor.image_token_id or 0
-        several = len(record.images) > 1
         try:
-            sizes = [
-                self._target_size(path, self._size(path, index), index) for path in record.images
-            ]
-            lengths = {
-                IMAGE_MARKER: [
-                    processor.num_image_tokens(*size, self.config.overview_only, several)
-                    for size in sizes
-                ],
-                VIDEO_MARKER: [self._video_tokens(path, index) for path in record.videos],
-            }
-            sentences = [
-                time_sentence(*frame_times(path, processor.video_config))
-                for path in record.videos
-                if processor.video_config.time_instruction
-            ]
+            pairs = zip(self.records[index].images, headers.images, strict=True)
+            sizes = [self._target_size(path, size, index) for path, size in pairs]
         except UserError as error:
             raise BrokenFileError(f"{where}: {error}") from error
+        return self.encode_headers(index, headers._replace(images=sizes))
+
+    def headers(self, index: int) -> Headers:
+        """Reads the headers of a sample's files.
+
+        Raises:
+            BrokenFileError: one cannot be read.
+        """
+        record, video = self.records[index], self.processor.video_config
         try:
-            turns = tell_times(record.turns, sentences)
+            return Headers(
+                [self._size(path, index) for path in record.images],
+                [self._video_size(path, index) for path in record.videos],
+                [
+                    time_sentence(*frame_times(path, video))
+                    for path in record.videos
+                    if video.time_instruction
+                ],
+            )
+        except UserError as error:
+            raise BrokenFileError(f"{self.records.where(index)}: {error}") from error
+
+    def encode_headers(self, index: int, headers: Headers | None) -> Encoding:
+        """Ids and labels of a sample before any cut.
+
+        Args:
+            index: of the sample.
+            headers: with the sizes of images after the training resizes; None leaves every image
+                and video out.
+
+        Raises:
+            UserError: the sample does not fit; the message has file, index and id.
+        """
+        record = self.records[index]
+        processor, placeholder = self.processor, self.processor.image_token_id or 0
+        lengths = {IMAGE_MARKER: [0] * len(record.images), VIDEO_MARKER: [0] * len(record.videos)}
+        try:
+            if headers is not None:
+                several = len(record.images) > 1
+                lengths[IMAGE_MARKER] = [
+                    processor.num_image_tokens(*size, self.config.overview_only, several)
+                    for size in headers.images
+                ]
+                lengths[VIDEO_MARKER] = [
+                    processor.num_video_tokens(frames, *size) for frames, size in headers.videos
+                ]
+            turns = tell_times(record.turns, [] if headers is None else headers.sentences)
             text = "".join(turn.text for turn in turns)
             found = marked(text, len(record.images), len(record.videos))
             return encode_turns(
@@ -220,7 +247,7 @@ class ConversationDataset(Dataset[dict[str, Any] | BrokenSample]):
                 max_length=self.config.max_length,
             )
         except UserError as error:
-            raise UserError(f"{where}: {error}") from error
+            raise UserError(f"{self.records.where(index)}: {error}") from error
 
     def _guard(self, path: Path, root: ImageRoot | None) -> None:
         """Looks at links that were not looked at up front."""
@@ -229,7 +256,7 @@ class ConversationDataset(Dataset[dict[str, Any] | BrokenSample]):
 
     def _size(self, path: Path, index: int) -> Size:
         self._guard(path, self.records.roots(index).images)
-        return _header_size(path)
+        return image_size(path)
 
     def _open(self, path: Path, index: int) -> Image.Image:
         self._guard(path, self.records.roots(index).images)
@@ -243,10 +270,9 @@ class ConversationDataset(Dataset[dict[str, Any] | BrokenSample]):
         self._guard(path, self.records.roots(index).videos)
         return read_video(path, self.processor.video_config)
 
-    def _video_tokens(self, path: Path, index: int) -> int:
+    def _video_size(self, path: Path, index: int) -> tuple[int, Size]:
         self._guard(path, self.records.roots(index).videos)
-        frames = num_frames(path, self.processor.video_config)
-        return self.processor.num_video_tokens(frames, *frame_size(path))
+        return num_frames(path, self.processor.video_config), frame_size(path)
 
     def _name(self, path: Path, index: int) -> str:
         """Path as the record gives it: the folder of all images has no say."""
@@ -259,21 +285,44 @@ class ConversationDataset(Dataset[dict[str, Any] | BrokenSample]):
 
     def _target_size(self, path: Path, size: Size, index: int) -> Size:
         """Size after the published training resizes: TextVQA's, or else the six-slice one."""
+        if self.config.six_slice_probability > 0 and self.draws_six_slices(path, index, self.epoch):
+            drawn = self.six_slice_size(path, size, index)
+            if drawn is not None:
+                return drawn
+        return self.fixed_size(path, size, index)
+
+    def fixed_size(self, path: Path, size: Size, index: int) -> Size:
+        """Size of an image after the resizes that are the same in every epoch.
+
+        Raises:
+            UserError: it would become too thin.
+        """
         config = self.config
+        if config.textvqa_long_side is None or not self._is_textvqa(path, index):
+            return size
+        if config.textvqa_only_enlarge and max(size) >= config.textvqa_long_side:
+            return size
+        try:
+            return fit_long_side(*size, config.textvqa_long_side)
+        except ValueError as error:
+            raise UserError(f"image {path}: {error}") from error
+
+    def six_slice_size(self, path: Path, size: Size, index: int) -> Size | None:
+        """Size of an image where it is drawn to have about six slices; None: it never is."""
+        config = self.config
+        if config.six_slice_probability == 0:
+            return None
         if config.textvqa_long_side is not None and self._is_textvqa(path, index):
-            if config.textvqa_only_enlarge and max(size) >= config.textvqa_long_side:
-                return size
-            try:
-                return fit_long_side(*size, config.textvqa_long_side)
-            except ValueError as error:
-                raise UserError(f"image {path}: {error}") from error
-        if config.six_slice_probability > 0:
-            # A text as seed is hashed, alike on every machine and Python version.
-            chance = random.Random(f"{self.seed} {self.epoch} {index} {path.name}").random()
-            drawn = chance < config.six_slice_probability
-            if drawn and self.processor.plan(*size).num_slices != 6:
-                return six_slice_size(*size, self.processor.image_config.scale_resolution)
-        return size
+            return None
+        if self.processor.plan(*size).num_slices == 6:
+            return None
+        return six_slice_size(*size, self.processor.image_config.scale_resolution)
+
+    def draws_six_slices(self, path: Path, index: int, epoch: int) -> bool:
+        """Whether an image is drawn in an epoch, see `six_slice_size`."""
+        # A text as seed is hashed, alike on every machine and Python version.
+        chance = random.Random(f"{self.seed} {epoch} {index} {path.name}").random()
+        return chance < self.config.six_slice_probability
 
     def _skip(self, index: int, reason: str) -> BrokenSample:
         self._count(1, 1, 0, 0, 0)
@@ -305,17 +354,6 @@ def _one_kind(turn: Turn, record: Record) -> Turn:
     if not record.videos:
         return turn
     return Turn(turn.role, turn.text.replace(VIDEO_MARKER, IMAGE_MARKER))
-
-
-def _header_size(path: Path) -> Size:
-    """Size of a picture as it will be seen upright, without decoding it."""
-    try:
-        with Image.open(path) as image:
-            width, height = image.size
-            turned = image.getexif().get(ORIENTATION_TAG) in TURNED
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"image {path} cannot be read: {error}") from error
-    return (height, width) if turned else (width, height)
 
 
 def open_records(config: DataConfig) -> Records:

@@ -137,6 +137,16 @@ class Records(Sequence[Record]):
         source, position = divmod(self._origins[self._checked(index)], 2**40)
         return f"{self.sources[source].path}, record {position} (id {self[index].id!r})"
 
+    def digest(self) -> str:
+        """SHA-256 of the records as they are read, and of the folders of their files."""
+        digest = hashlib.sha256(self._buffer)
+        digest.update(self._ends.tobytes())
+        digest.update(self._origins.tobytes())
+        for roots in self.roots_of:
+            folders = [None if root is None else str(root.path.absolute()) for root in roots]
+            digest.update(json.dumps(folders).encode("utf-8", "surrogatepass"))
+        return digest.hexdigest()
+
     def _checked(self, index: int) -> int:
         place = index + len(self) if index < 0 else index
         if not 0 <= place < len(self):

@@ -14,6 +14,7 @@ from llava_uhd.checkpoint.manifest import write_manifest
 from llava_uhd.config.training import UPSAMPLER_PARTS, Recipe
 from llava_uhd.data.collator import Collator
 from llava_uhd.data.dataset import ConversationDataset, open_records
+from llava_uhd.data.packed import PackedSamples
 from llava_uhd.errors import UserError, command
 from llava_uhd.train.compression import RunLength, announce_compression, check_length
 from llava_uhd.train.drawn import is_plain, source_table, write_data_manifest
@@ -22,6 +23,7 @@ from llava_uhd.train.guarded import stopped, told_of_the_disk
 from llava_uhd.train.log import CURVE_FILE, JsonLog, draw_loss, read_log
 from llava_uhd.train.lora import add_adapters, finish_adapters, lora_run, storage
 from llava_uhd.train.output import agreed, is_finished, last_complete_checkpoint, prepare_output
+from llava_uhd.train.packed import announce_rows, pack, rows_of_device
 from llava_uhd.train.preview import preview
 from llava_uhd.train.setup import deepspeed_config, training_arguments, weight_dtype, world_size
 from llava_uhd.train.sharding import built_whole
@@ -33,8 +35,8 @@ from llava_uhd.train.trainer import StageTrainer
 def main() -> int:
     """Runs one stage from its recipe to its output folder."""
     recipe = parse("llava_uhd.train", "Train one stage.")
-    deepspeed = deepspeed_config(recipe)
-    arguments = training_arguments(recipe, deepspeed)
+    deepspeed, packed = deepspeed_config(recipe), recipe.data.batching == "packed"
+    arguments = training_arguments(recipe, deepspeed, rows=1 if packed else None)
     if is_finished(recipe):
         say(f"{recipe.output_dir} is finished: nothing to do. Remove it to train again.")
         return 0
@@ -43,7 +45,8 @@ def main() -> int:
     # The first process draws data and writes files; the others then find them complete.
     with arguments.main_process_first(local=False):
         records = open_records(use_embedded(recipe).data)
-        check_length(recipe.compression, RunLength.planned(arguments, len(records)))
+        if not packed:  # the number of rows is not known yet
+            check_length(recipe.compression, RunLength.planned(arguments, len(records)))
         folder = prepare_output(recipe)
         checkpoint = last_complete_checkpoint(folder) if is_first_rank() else None
         if is_first_rank():
@@ -59,7 +62,12 @@ def main() -> int:
     dataset = ConversationDataset(records, parts.processor, recipe.data, arguments.seed)
     announce(recipe, arguments, parts, dataset)
     preview(dataset, console if is_first_rank() else None)
-    trainer = build_trainer(recipe, arguments, parts, dataset, folder)
+    samples: ConversationDataset | PackedSamples = dataset
+    if packed:
+        samples = pack(recipe, arguments, parts.model.config, dataset, folder, bool(checkpoint))
+        arguments = training_arguments(recipe, deepspeed, rows_of_device(samples.packing))
+    announce_batches(recipe, arguments, parts, samples)
+    trainer = build_trainer(recipe, arguments, parts, samples, folder)
     if checkpoint is not None:
         say(f"Going on from {checkpoint}")
     if not trainer.run(checkpoint):
@@ -93,14 +101,33 @@ def announce(
         console.print(table)
         if not is_plain(dataset.records):
             console.print(source_table(dataset.records))
+
+
+def announce_batches(
+    recipe: Recipe,
+    arguments: TrainingArguments,
+    parts: Assembled,
+    samples: ConversationDataset | PackedSamples,
+) -> None:
+    """Says how large the steps are, where the result goes and which stages the steps pass.
+
+    Raises:
+        UserError: see `check_length` and `announce_compression`.
+    """
     per_device, steps = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else arguments.device.type
-    say(
-        f"{len(dataset):,} samples; global batch {per_device * steps * world_size()} = "
-        f"{per_device} per device x {steps} accumulated x {world_size()} devices ({device}); "
-        f"writing to {recipe.output_dir}"
-    )
-    length = RunLength.planned(arguments, len(dataset))
+    if isinstance(samples, PackedSamples):
+        announce_rows(samples.packing, device)
+        say(f"writing to {recipe.output_dir}")
+        length = RunLength.planned(arguments, samples.packing.num_rows)
+    else:
+        say(
+            f"{len(samples):,} samples; global batch {per_device * steps * world_size()} = "
+            f"{per_device} per device x {steps} accumulated x {world_size()} devices ({device}); "
+            f"writing to {recipe.output_dir}"
+        )
+        length = RunLength.planned(arguments, len(samples))
+    check_length(recipe.compression, length)
     announce_compression(recipe.compression, parts.model, length)
 
 
@@ -108,7 +135,7 @@ def build_trainer(
     recipe: Recipe,
     arguments: TrainingArguments,
     parts: Assembled,
-    dataset: ConversationDataset,
+    dataset: ConversationDataset | PackedSamples,
     folder: Path,
 ) -> StageTrainer:
     """The trainer of one stage.
@@ -124,7 +151,9 @@ def build_trainer(
             model=parts.model,
             args=arguments,
             train_dataset=dataset,
-            data_collator=Collator(parts.processor.tokenizer.pad_token_id or 0),
+            data_collator=Collator(
+                parts.processor.tokenizer.pad_token_id or 0, isinstance(dataset, PackedSamples)
+            ),
             processing_class=parts.processor,
             callbacks=[JsonLog(folder)],
         )

@@ -77,14 +77,22 @@ def weight_dtype(recipe: Recipe, deepspeed: Path | None) -> torch.dtype:
     return torch.bfloat16 if half and frozen else torch.float32
 
 
-def training_arguments(recipe: Resolved, deepspeed: Path | None) -> TrainingArguments:
+def training_arguments(
+    recipe: Resolved, deepspeed: Path | None, rows: int | None = None
+) -> TrainingArguments:
     """The library's arguments; what the machine lacks is switched off with a line in the log.
+
+    Args:
+        recipe: of the run.
+        deepspeed: configuration.
+        rows: packed rows that a device takes in an optimizer step, one after another; None: batches
+            are padded, and the recipe says how large they are.
 
     Raises:
         UserError: the global batch cannot be shared by the devices.
     """
     values: dict[str, Any] = dict(recipe.trainer.arguments)
-    batch, accumulation = recipe.trainer.batch_plan(world_size())
+    batch, accumulation = (1, rows) if rows else recipe.trainer.batch_plan(world_size())
     values |= {
         "output_dir": recipe.output_dir,
         "per_device_train_batch_size": batch,

@@ -21,7 +21,9 @@ from transformers import (
 from llava_uhd.checkpoint.parts import PROJECTOR_FILE, save_projector
 from llava_uhd.checkpoint.streamed import save_streamed
 from llava_uhd.config.training import Recipe
+from llava_uhd.data.collator import batch_size
 from llava_uhd.data.dataset import ConversationDataset
+from llava_uhd.data.packed import PackedSampler, PackedSamples
 from llava_uhd.data.sampler import ModalityLengthSampler, SeededSampler
 from llava_uhd.errors import UserError
 from llava_uhd.train.compression import INPUT, ScheduledCompression
@@ -68,7 +70,7 @@ class StageTrainer(GuardedTrainer):
         **kwargs: of ``transformers.Trainer``.
     """
 
-    train_dataset: ConversationDataset
+    train_dataset: ConversationDataset | PackedSamples
     optimizer: torch.optim.Optimizer | None
 
     def __init__(
@@ -80,7 +82,7 @@ class StageTrainer(GuardedTrainer):
         self.finishing = False
         self._samples = self._tokens = 0
         self._clock = time.perf_counter()
-        self.sampler: SeededSampler | None = None
+        self.sampler: SeededSampler | PackedSampler | None = None
         super().__init__(**kwargs)
         self.sharing = Sharing(self.model, self.args)
         self.add_callback(EpochToSampler(self))
@@ -91,12 +93,14 @@ class StageTrainer(GuardedTrainer):
             self.scheduled = ScheduledCompression(recipe.compression, layers, folder)
             self.add_callback(self.scheduled)
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[Any]:
         self.sampler = self._make_sampler()
         return self.sampler
 
-    def _make_sampler(self) -> SeededSampler:
+    def _make_sampler(self) -> SeededSampler | PackedSampler:
         dataset = self.train_dataset
+        if isinstance(dataset, PackedSamples):
+            return dataset.sampler()
         by_modality = self.recipe.trainer.group_by_modality_length
         if by_modality or self.args.train_sampling_strategy == "group_by_length":
             return ModalityLengthSampler(
@@ -145,9 +149,9 @@ class StageTrainer(GuardedTrainer):
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> torch.Tensor:
         """One micro-batch; counts samples and tokens for the log."""
-        mask = inputs["attention_mask"]
-        self._samples += mask.shape[0]
-        self._tokens += int(mask.sum())
+        samples, tokens = batch_size(inputs)
+        self._samples += samples
+        self._tokens += tokens
         return super().training_step(model, inputs, *args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
