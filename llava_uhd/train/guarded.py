@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 # Steps in a row whose gradients may overflow in float16 while its scale is sought.
 FLOAT16_PATIENCE = 25
+# How torch's writer tells that a disk is full.
+_TORCH_WRITER = ("PytorchStreamWriter", "iostream error", ". unexpected pos ")
 # What only writing meets; other errors of a disk count where the file lies in the output folder.
 _WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
@@ -54,7 +56,7 @@ def disk_reason(error: Exception, folder: Path) -> str | None:
     text = str(error)
     if isinstance(error, SafetensorError) and "os error" in text:
         return text.partition("I/O error: ")[2].partition(" (os error")[0] or text
-    if isinstance(error, RuntimeError) and ("PytorchStreamWriter" in text or "iostream" in text):
+    if isinstance(error, RuntimeError) and any(word in text for word in _TORCH_WRITER):
         return "the disk is full, or a file grew too large"
     return None
 
