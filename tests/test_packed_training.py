@@ -251,7 +251,10 @@ def test_what_does_not_go_together() -> None:
         "--trainer.group_by_modality_length", "true",
     )  # fmt: skip
     refused("train_sampling_strategy and data", "--train_sampling_strategy", "group_by_length")
-    refused("and trainer.gradient_acc", "--trainer.gradient_accumulation_steps", "2")
+    refused(
+        "global_batch_size and trainer.gradient_accumulation_steps exclude",
+        "--trainer.gradient_accumulation_steps", "2", "--trainer.global_batch_size", "8",
+    )  # fmt: skip
     refused("auto_find_batch_size cannot", "--auto_find_batch_size", "true")
     refused("data.pack_tokens must be at least 1", "--data.pack_tokens", "0")
     refused("data.batching", "--data.batching", "tight")
