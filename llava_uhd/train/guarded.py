@@ -21,12 +21,14 @@ from transformers import Trainer
 
 from llava_uhd.errors import STOPPED_STATUS, UserError
 from llava_uhd.train.diagnostics import write_bundle
+from llava_uhd.train.elastic import facts_of, fitting
 from llava_uhd.train.saving import (
     SEAL_FILE,
     UNFINISHED,
     newest,
     publish,
     publish_result,
+    remove_unfinished,
     rotate,
     seal,
 )
@@ -131,7 +133,8 @@ class GuardedTrainer(Trainer):
             UserError: numbers or a disk that no step can be taken with.
         """
         with self.signals, told_of_the_disk(Path(self.args.output_dir)):
-            self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            start = str(fitting(self, checkpoint)) if checkpoint else None
+            self.train(resume_from_checkpoint=start)
         return not self.signals.stopped
 
     def get_train_dataloader(self) -> DataLoader:
@@ -261,10 +264,11 @@ class GuardedTrainer(Trainer):
         with self._all_or_none(output, source):
             if self.args.should_save:
                 self._settle_best(source, target)
-                seal(source, step=step, ranks=self.args.world_size)
+                seal(source, step=step, **facts_of(self))
                 publish(source, target)
                 keep, best = self.args.save_total_limit, self.state.best_model_checkpoint
                 rotate(output, keep, best)
+                remove_unfinished(output)
 
     def _settle_best(self, source: Path, target: Path) -> None:
         """The best checkpoint is known by the name that it will have."""
@@ -318,3 +322,4 @@ class GuardedTrainer(Trainer):
         with self._all_or_none(output, source):
             if self.args.should_save:
                 publish_result(source, output)
+                remove_unfinished(output)

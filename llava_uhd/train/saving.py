@@ -14,7 +14,6 @@ import logging
 import os
 import re
 import shutil
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +154,6 @@ def publish(source: Path, target: Path) -> None:
     """Gives a sealed folder its name, in one step."""
     source.rename(target)
     to_disk(target.parent)
-    _tidy(target.parent)
 
 
 def rotate(folder: Path, keep: int | None, best: str | None = None) -> None:
@@ -180,13 +178,6 @@ def rotate(folder: Path, keep: int | None, best: str | None = None) -> None:
         leaving.parent.mkdir(exist_ok=True)
         path.rename(leaving)
         shutil.rmtree(leaving, ignore_errors=True)
-    _tidy(folder)
-
-
-def _tidy(folder: Path) -> None:
-    """Removes ``unfinished`` where nothing is in it."""
-    with suppress(OSError):
-        (folder / UNFINISHED).rmdir()
 
 
 def publish_result(source: Path, folder: Path) -> None:
@@ -213,4 +204,3 @@ def publish_result(source: Path, folder: Path) -> None:
         path.replace(target)
     to_disk(folder)
     source.rmdir()
-    _tidy(folder)

@@ -1,0 +1,127 @@
+"""Going on with another number of processes than a checkpoint was written by."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from llava_uhd.checkpoint.weights import read_json
+from llava_uhd.errors import UserError
+from llava_uhd.train.saving import SEAL_FILE, UNFINISHED
+from llava_uhd.train.start import say
+
+if TYPE_CHECKING:
+    from llava_uhd.train.guarded import GuardedTrainer
+
+ENGINES = {
+    "plain": "without DeepSpeed and FSDP",
+    "deepspeed": "with DeepSpeed",
+    "fsdp": "with FSDP",
+}
+
+
+def facts_of(trainer: GuardedTrainer) -> dict[str, Any]:
+    """What decides whether a checkpoint can be gone on from; it stands in the seal."""
+    args = trainer.args
+    engine = "deepspeed" if trainer.is_deepspeed_enabled else "plain"
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return {
+        "engine": "fsdp" if trainer.is_fsdp_enabled else engine,
+        "ranks": args.world_size,
+        "global_batch": batch,
+    }
+
+
+def fitting(trainer: GuardedTrainer, checkpoint: Path) -> Path:
+    """A folder with a checkpoint's state that the processes of this run can read.
+
+    What DeepSpeed has shared out over other numbers of processes is converted, into a copy (without
+    taking more room for the files that stay the same); all else is read as it is.
+
+    Args:
+        trainer: before it trains.
+        checkpoint: whole.
+
+    Raises:
+        UserError: it was written by another engine, or with another global batch.
+    """
+    then, now = read_json(checkpoint / SEAL_FILE), facts_of(trainer)
+    processes = f"{then['ranks']} process{'es' if then['ranks'] > 1 else ''}"
+    if then["engine"] != now["engine"]:
+        raise UserError(
+            f"{checkpoint} was written {ENGINES[then['engine']]} on {processes}, this run is "
+            f"{ENGINES[now['engine']]}: start it as before (NPROC={then['ranks']}), because the "
+            "optimizer's state cannot be carried over"
+        )
+    if then["global_batch"] != now["global_batch"]:
+        raise UserError(
+            f"{checkpoint} was written with a global batch of {then['global_batch']}, this run has "
+            f"{now['global_batch']}: start it on {processes}, or set trainer.global_batch_size in "
+            "runs that are to change their number of processes"
+        )
+    if then["ranks"] == now["ranks"]:
+        return checkpoint
+    say(
+        f"{checkpoint.name} was written by {processes}, now there are {now['ranks']}: global batch "
+        "and order of the data stay"
+    )
+    return _universal(trainer, checkpoint) if now["engine"] == "deepspeed" else checkpoint
+
+
+def _universal(trainer: GuardedTrainer, checkpoint: Path) -> Path:
+    target = checkpoint.parent / UNFINISHED / "universal" / checkpoint.name
+    if trainer.args.process_index == 0:
+        say("converting what DeepSpeed has shared out ...")
+        link_files(checkpoint, target)
+        convert(checkpoint, target)
+    torch.distributed.barrier()
+    plugin = trainer.accelerator.state.deepspeed_plugin
+    for holder in (plugin.hf_ds_config, trainer.args.hf_deepspeed_config):
+        holder.config["checkpoint"] = {"load_universal": True}
+    return target
+
+
+def link_files(source: Path, target: Path) -> None:
+    """Gives the files of a folder second names in another one."""
+    for path in source.rglob("*"):
+        place = target / path.relative_to(source)
+        if path.is_dir():
+            place.mkdir(parents=True, exist_ok=True)
+            continue
+        place.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(path, place)
+        except OSError:  # file systems without such names
+            place.symlink_to(path.resolve())
+
+
+def convert(checkpoint: Path, target: Path) -> None:
+    """Writes DeepSpeed's universal form of a checkpoint into its linked copy.
+
+    Args:
+        checkpoint: as DeepSpeed wrote it.
+        target: from `link_files`.
+    """
+    from deepspeed.checkpoint import ds_to_universal
+
+    tag = (checkpoint / "latest").read_text(encoding="utf-8").strip()
+    options = argparse.Namespace(
+        input_folder=str(target / tag),
+        output_folder=str(target / f"{tag}_universal"),
+        num_extract_workers=1,
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=True,
+    )
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        ds_to_universal.main(options)
+    for name in ("latest", "latest_universal"):
+        (target / name).unlink(missing_ok=True)
+        (target / name).write_text(f"{tag}_universal", encoding="utf-8")
