@@ -15,11 +15,12 @@ from safetensors.torch import load_file
 
 from llava_uhd.train import __main__ as command
 from llava_uhd.train.log import JsonLog, read_log
+from llava_uhd.train.meter import CLOCK_KEYS
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("debug/pretrain", "debug/finetune")
 # What may differ between two equal runs.
-CLOCKS = ("samples_per_second", "tokens_per_second", "train_runtime")
+CLOCKS = (*CLOCK_KEYS, "train_runtime")
 
 Train = Callable[..., Path]
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import argparse
 
-from llava_uhd.bench import compress, cost, encode, project, upsample
+from llava_uhd.bench import compress, cost, encode, pack, project, train, upsample
 from llava_uhd.errors import command
 
-COMMANDS = (encode, cost, upsample, project, compress)
+COMMANDS = (encode, cost, upsample, project, compress, train, pack)
 
 
 def make_parser() -> argparse.ArgumentParser:

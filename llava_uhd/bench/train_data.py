@@ -178,9 +178,9 @@ def write_data(folder: Path, samples: list[Drawn], mix: Mix, processor: LlavaUHD
 
 def _template_tokens(processor: LlavaUHDProcessor) -> int:
     """Text tokens of a sample with the shortest answer."""
-    turns = [Turn("human", QUESTION), Turn("gpt", WORD)]
+    turns = [Turn("human", f"<image>\n{QUESTION}"), Turn("gpt", WORD)]
     text = "".join(span.text for span in processor.template.spans(turns))
-    return len(processor.tokenizer(text)["input_ids"]) - 1
+    return len(processor.tokenizer(text.replace("<image>", ""))["input_ids"]) - 1
 
 
 def _picture(folder: Path, size: Size, names: dict[Size, list[str]], number: int) -> str:

@@ -17,6 +17,7 @@ from llava_uhd.data.dataset import ConversationDataset, open_records
 from llava_uhd.data.packed import PackedSamples
 from llava_uhd.errors import UserError, command
 from llava_uhd.train.compression import RunLength, announce_compression, check_length
+from llava_uhd.train.counting import Counting
 from llava_uhd.train.drawn import is_plain, source_table, write_data_manifest
 from llava_uhd.train.embedded import demo_tokenizer, use_embedded
 from llava_uhd.train.guarded import stopped, told_of_the_disk
@@ -24,7 +25,10 @@ from llava_uhd.train.log import CURVE_FILE, JsonLog, draw_loss, read_log
 from llava_uhd.train.lora import add_adapters, finish_adapters, lora_run, storage
 from llava_uhd.train.output import agreed, is_finished, last_complete_checkpoint, prepare_output
 from llava_uhd.train.packed import announce_rows, pack, rows_of_device
+from llava_uhd.train.preflight import preflight
 from llava_uhd.train.preview import preview
+from llava_uhd.train.record_callbacks import add_records
+from llava_uhd.train.report import write_report
 from llava_uhd.train.setup import deepspeed_config, training_arguments, weight_dtype, world_size
 from llava_uhd.train.sharding import built_whole
 from llava_uhd.train.stages import apply_stage, part_reports
@@ -128,6 +132,10 @@ def announce_batches(
         )
         length = RunLength.planned(arguments, len(samples))
     check_length(recipe.compression, length)
+    packing = samples.packing if isinstance(samples, PackedSamples) else None
+    slots = None if packing is None else packing.budget
+    dataset = samples if isinstance(samples, ConversationDataset) else samples.samples
+    preflight(recipe, arguments, parts.model, dataset, length, slots)
     announce_compression(recipe.compression, parts.model, length)
 
 
@@ -144,15 +152,19 @@ def build_trainer(
         UserError: arguments that the library refuses.
     """
     try:
-        return StageTrainer(
+        trainer = StageTrainer(
             recipe=recipe,
             only_projector=learns_only_projector(recipe, parts),
             lora=lora_run(recipe, parts),
             model=parts.model,
             args=arguments,
             train_dataset=dataset,
-            data_collator=Collator(
-                parts.processor.tokenizer.pad_token_id or 0, isinstance(dataset, PackedSamples)
+            data_collator=Counting(
+                Collator(
+                    parts.processor.tokenizer.pad_token_id or 0, isinstance(dataset, PackedSamples)
+                ),
+                parts.model.config,
+                compresses=recipe.compression.method != "none",
             ),
             processing_class=parts.processor,
             callbacks=[JsonLog(folder)],
@@ -160,6 +172,8 @@ def build_trainer(
     except (ValueError, ImportError, RuntimeError) as error:
         # A logger that is not installed, an evaluation without data, ...
         raise UserError(f"trainer: {' '.join(str(error).split())}") from error
+    add_records(trainer, folder)
+    return trainer
 
 
 def conclude(recipe: Recipe, trainer: StageTrainer, folder: Path) -> None:
@@ -183,6 +197,7 @@ def conclude(recipe: Recipe, trainer: StageTrainer, folder: Path) -> None:
         data=trainer.train_dataset.counts,
         finished=True,
     )
+    write_report([folder])
     for name, count in trainer.train_dataset.counts.items():
         if count and name != "samples":
             say(f"{name.replace('_', ' ')}: {count}")

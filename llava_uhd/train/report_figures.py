@@ -106,7 +106,7 @@ def summary(runs: Sequence[Run]) -> list[Row]:
         ("loss, smoothed", "", _smoothed),
         ("held-out loss, last", "", lambda run: _last(run, HELD_OUT)),
         ("devices", "", _devices),
-        ("time in all starts", "from their first to their last word", _duration),
+        ("time of the logged steps", "", _duration),
         ("seconds of a step", "median", middle("step_seconds", ".4g")),
         ("samples per second", "median, all devices", middle("samples_per_second", ",.2f")),
         ("tokens per second", "median, all devices", middle("tokens_per_second", ",.0f")),
@@ -138,8 +138,8 @@ def _smoothed(run: Run) -> str:
 def _steps(run: Run) -> str:
     if not run.entries:
         return "0"
-    starts = run.record.get("starts") or [{}]
-    return f"{run.entries[-1]['step']:,} of {starts[-1].get('max_steps', '?'):,}"
+    last, starts = f"{run.entries[-1]['step']:,}", run.record.get("starts")
+    return f"{last} of {starts[-1]['max_steps']:,}" if starts else last
 
 
 def _devices(run: Run) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +20,15 @@ from transformers import (
 from llava_uhd.checkpoint.parts import PROJECTOR_FILE, save_projector
 from llava_uhd.checkpoint.streamed import save_streamed
 from llava_uhd.config.training import Recipe
-from llava_uhd.data.collator import batch_size
 from llava_uhd.data.dataset import ConversationDataset
 from llava_uhd.data.packed import PackedSampler, PackedSamples
 from llava_uhd.data.sampler import ModalityLengthSampler, SeededSampler
 from llava_uhd.errors import UserError
 from llava_uhd.train.compression import INPUT, ScheduledCompression
+from llava_uhd.train.counting import FACTS, facts_of
 from llava_uhd.train.guarded import GuardedTrainer
 from llava_uhd.train.lora import LoraRun
+from llava_uhd.train.meter import Meter
 from llava_uhd.train.sharding import Sharing
 from llava_uhd.train.stages import parameter_groups
 
@@ -80,11 +80,11 @@ class StageTrainer(GuardedTrainer):
         self.only_projector = only_projector
         self.lora = lora
         self.finishing = False
-        self._samples = self._tokens = 0
-        self._clock = time.perf_counter()
         self.sampler: SeededSampler | PackedSampler | None = None
         super().__init__(**kwargs)
         self.sharing = Sharing(self.model, self.args)
+        self.meter = Meter(recipe, self.model, self.args.device)
+        self.add_callback(self.meter)
         self.add_callback(EpochToSampler(self))
         self.scheduled: ScheduledCompression | None = None
         if recipe.compression.schedule is not None:
@@ -137,7 +137,8 @@ class StageTrainer(GuardedTrainer):
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         """Micro-batches of the next step; a schedule says of each how the model compresses."""
-        batches, learned = super().get_batch_samples(*args, **kwargs)
+        with self.meter.waiting():
+            batches, learned = super().get_batch_samples(*args, **kwargs)
         if self.scheduled is not None:
             states = self.scheduled.of_step(self.state.global_step, len(batches))
             batches = [
@@ -148,24 +149,24 @@ class StageTrainer(GuardedTrainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> torch.Tensor:
-        """One micro-batch; counts samples and tokens for the log."""
-        samples, tokens = batch_size(inputs)
-        self._samples += samples
-        self._tokens += tokens
-        return super().training_step(model, inputs, *args, **kwargs)
+        """One micro-batch, counted and timed for the log."""
+        self.meter.watch_engine(model)
+        facts = inputs.pop(FACTS, None) or facts_of(inputs, self.model.config)
+        last = self.accelerator.gradient_state.sync_gradients
+        with self.meter.passing(facts, inputs.get(INPUT), last):
+            return super().training_step(model, inputs, *args, **kwargs)
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        # Evaluation comes here too; the model knows nothing of these counts.
+        return super()._prepare_inputs({k: v for k, v in inputs.items() if k != FACTS})
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds samples and tokens per second, over all devices, since the last entry.
+        """Adds what the meter says of the steps since the last entry.
 
         With a schedule also the stage of compression.
         """
         if "loss" in logs:
-            now = time.perf_counter()
-            seconds = max(now - self._clock, 1e-9)
-            ranks = max(self.args.world_size, 1)
-            logs["samples_per_second"] = round(self._samples * ranks / seconds, 2)
-            logs["tokens_per_second"] = round(self._tokens * ranks / seconds, 1)
-            self._samples, self._tokens, self._clock = 0, 0, now
+            logs.update(self.meter.entry(max(self.args.world_size, 1)))
         if self.scheduled is not None:
             logs.update(self.scheduled.logged(self.state.global_step))
         super().log(logs, *args, **kwargs)
@@ -192,11 +193,7 @@ class StageTrainer(GuardedTrainer):
             self.model.config.save_pretrained(folder)
             self.processing_class.save_pretrained(folder)
             return
-        kept = {
-            name: tensor
-            for name, tensor in state.items()
-            if name in learning
-        }
+        kept = {name: tensor for name, tensor in state.items() if name in learning}
         save_streamed(kept, folder / TRAINABLE_FILE)
 
     def _load_from_checkpoint(
