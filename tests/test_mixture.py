@@ -18,15 +18,12 @@ from llava_files import draw_images, talk, write
 
 from llava_uhd.data import files as files_module
 from llava_uhd.data import mixture as mixture_module
-from llava_uhd.data.mixture import (
-    Source,
-    data_manifest,
-    draw_random,
-    expand_braces,
-    find_sources,
-    parse_strategy,
-)
-from llava_uhd.data.records import Records, read_records
+from llava_uhd.data import readers as readers_module
+from llava_uhd.data.drawn import data_manifest
+from llava_uhd.data.mixture import Source, draw_random, find_sources, parse_strategy
+from llava_uhd.data.paths import expand_braces
+from llava_uhd.data.reading import read_records
+from llava_uhd.data.records import Records
 from llava_uhd.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -254,12 +251,13 @@ def test_a_huge_source_is_never_held(tmp_path: Path, monkeypatch: pytest.MonkeyP
     seen: list[int] = []
     original = mixture_module.iterate_rows
 
-    def watched(file: Path) -> Any:
-        for index, row in original(file):
+    def watched(file: Path, bad: Any = None) -> Any:
+        for index, row in original(file, bad):
             seen.append(index)
             yield index, row
 
-    monkeypatch.setattr(mixture_module, "iterate_rows", watched)
+    for module in (mixture_module, readers_module):
+        monkeypatch.setattr(module, "iterate_rows", watched)
     entry = {"json_path": "a.json", "sampling_strategy": "first:3"}
     assert len(read_records(mixture(tmp_path, entry), None)) == 3
     # Counted once, then read as far as needed: the strategy is checked against the true number.

@@ -9,7 +9,8 @@ import pytest
 from llava_files import ROWS, draw_images, talk, turn, write
 
 from llava_uhd.data import files as files_module
-from llava_uhd.data.records import Records, read_records
+from llava_uhd.data.reading import read_records
+from llava_uhd.data.records import Records
 from llava_uhd.data.rows import parse_row, place_marker
 from llava_uhd.errors import UserError
 

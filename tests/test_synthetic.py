@@ -13,7 +13,7 @@ from PIL import Image
 from llava_uhd.config.recipe import load_recipe
 from llava_uhd.data import synthetic
 from llava_uhd.data.drawing import CELL, COLOURS, PITCH, Mark, Scene, Sign, glyph, render
-from llava_uhd.data.records import read_records
+from llava_uhd.data.reading import read_records
 from llava_uhd.data.synthetic import (
     EVAL_SIZES,
     TRAIN_SIZES,

@@ -94,6 +94,8 @@ class DataConfig:
         overview_only: drop the slices (first stage of LLaVA-UHD v1).
         on_broken_image: what an image or video that cannot be read does: "error" stops; "skip"
             leaves the sample out, counted and logged.
+        on_wrong_record: what a record that is not as it should be does (a role, an order or a
+            number of images that is wrong, an empty conversation): "error" or "skip", likewise.
         max_broken: with "skip", the largest share of samples that may be left out, in [0, 1].
         image_first: True: a turn with one ``<image>`` gets it moved to its front, as published;
             turns with several keep them where they are. False moves none. To the letter:
@@ -126,6 +128,7 @@ class DataConfig:
     embedded: str | None = None
     overview_only: bool = False
     on_broken_image: Literal["error", "skip"] = "error"
+    on_wrong_record: Literal["error", "skip"] = "error"
     max_broken: float = 0.01
     image_first: bool | Literal["llava_1_5", "onevision"] = True
     textvqa_long_side: int | None = None
@@ -212,6 +215,7 @@ class TrainerConfig:
         group_by_modality_length: batches of like length and modality, the published sampler.
         max_grad_norm_stop: a gradient norm above it, before clipping, ends the run without taking
             the step; None: only one that is not finite does.
+        check_room: refuse a run whose estimated memory or checkpoints do not fit.
         arguments: any other fields of transformers' ``TrainingArguments``. In a recipe they stand
             beside the keys above.
     """
@@ -220,6 +224,7 @@ class TrainerConfig:
     global_batch_size: int | None = None
     group_by_modality_length: bool = False
     max_grad_norm_stop: float | None = None
+    check_room: bool = True
     arguments: dict[str, Any] = field(
         default_factory=dict, metadata={"open_keys": training_argument_types}
     )

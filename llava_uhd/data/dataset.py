@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -15,10 +13,13 @@ from torch.utils.data import Dataset, get_worker_info
 from llava_uhd.config.training import DataConfig
 from llava_uhd.data.files import ImageRoot
 from llava_uhd.data.headers import Headers, image_size
-from llava_uhd.data.records import Record, Records, read_records
+from llava_uhd.data.reading import open_records as open_records
+from llava_uhd.data.records import Record, Records
+from llava_uhd.data.times import tell_times as tell_times
 from llava_uhd.errors import UserError
 from llava_uhd.images.geometry import Size, fit_long_side, six_slice_size
 from llava_uhd.images.pixels import open_image
+from llava_uhd.images.stored import MediaFile, StoredFile
 from llava_uhd.images.video import (
     Video,
     frame_size,
@@ -51,33 +52,6 @@ class BrokenSample(NamedTuple):
 
 class BrokenFileError(UserError):
     """An image or video cannot be read."""
-
-
-def tell_times(turns: Sequence[Turn], sentences: Sequence[str]) -> list[Turn]:
-    r"""Adds what the model is told about the times of the frames of each video.
-
-    Of a single video in the first turn, as published: the marker, the sentence, then the text
-    without the marker. Of others: behind their markers.
-
-    Args:
-        turns: with one ``<video>`` per sentence.
-        sentences: from `time_instruction`; without any nothing is added.
-
-    Example: ``"<video>\nWhy?"`` becomes ``"<video>\nThe video lasts ...\n\nWhy?"``.
-    """
-    if not sentences:
-        return list(turns)
-    if len(sentences) == 1 and VIDEO_MARKER in turns[0].text:
-        rest = turns[0].text.replace(VIDEO_MARKER, "")
-        first = f"{VIDEO_MARKER}\n{sentences[0]}\n{rest}"
-        return [Turn(turns[0].role, first), *turns[1:]]
-    remaining = iter(sentences)
-    told = []
-    for turn in turns:
-        head, *pieces = turn.text.split(VIDEO_MARKER)
-        pieces = [f"{VIDEO_MARKER}\n{next(remaining)}\n{piece}" for piece in pieces]
-        told.append(Turn(turn.role, "".join([head, *pieces])))
-    return told
 
 
 class ConversationDataset(Dataset[dict[str, Any] | BrokenSample]):
@@ -249,16 +223,18 @@ class ConversationDataset(Dataset[dict[str, Any] | BrokenSample]):
         except UserError as error:
             raise UserError(f"{self.records.where(index)}: {error}") from error
 
-    def _guard(self, path: Path, root: ImageRoot | None) -> None:
+    def _guard(self, path: MediaFile, root: ImageRoot | None) -> None:
         """Looks at links that were not looked at up front."""
+        if isinstance(path, StoredFile):
+            return
         if root is not None and not self.config.check_files:
             root.check(path.relative_to(root.path).as_posix())
 
-    def _size(self, path: Path, index: int) -> Size:
+    def _size(self, path: MediaFile, index: int) -> Size:
         self._guard(path, self.records.roots(index).images)
         return image_size(path)
 
-    def _open(self, path: Path, index: int) -> Image.Image:
+    def _open(self, path: MediaFile, index: int) -> Image.Image:
         self._guard(path, self.records.roots(index).images)
         image = open_image(path)
         size = self._target_size(path, image.size, index)
@@ -266,24 +242,26 @@ class ConversationDataset(Dataset[dict[str, Any] | BrokenSample]):
             image = image.resize(size, Image.Resampling.BICUBIC)
         return image
 
-    def _open_video(self, path: Path, index: int) -> Video:
+    def _open_video(self, path: MediaFile, index: int) -> Video:
         self._guard(path, self.records.roots(index).videos)
         return read_video(path, self.processor.video_config)
 
-    def _video_size(self, path: Path, index: int) -> tuple[int, Size]:
+    def _video_size(self, path: MediaFile, index: int) -> tuple[int, Size]:
         self._guard(path, self.records.roots(index).videos)
         return num_frames(path, self.processor.video_config), frame_size(path)
 
-    def _name(self, path: Path, index: int) -> str:
+    def _name(self, path: MediaFile, index: int) -> str:
         """Path as the record gives it: the folder of all images has no say."""
+        if isinstance(path, StoredFile):
+            return path.path
         root = self.records.roots(index).images
         return str(path) if root is None else str(path.relative_to(root.path))
 
-    def _is_textvqa(self, path: Path, index: int) -> bool:
+    def _is_textvqa(self, path: MediaFile, index: int) -> bool:
         name = self._name(path, index)
         return "textvqa" in name or "TextVQA" in name
 
-    def _target_size(self, path: Path, size: Size, index: int) -> Size:
+    def _target_size(self, path: MediaFile, size: Size, index: int) -> Size:
         """Size after the published training resizes: TextVQA's, or else the six-slice one."""
         if self.config.six_slice_probability > 0 and self.draws_six_slices(path, index, self.epoch):
             drawn = self.six_slice_size(path, size, index)
@@ -291,7 +269,7 @@ class ConversationDataset(Dataset[dict[str, Any] | BrokenSample]):
                 return drawn
         return self.fixed_size(path, size, index)
 
-    def fixed_size(self, path: Path, size: Size, index: int) -> Size:
+    def fixed_size(self, path: MediaFile, size: Size, index: int) -> Size:
         """Size of an image after the resizes that are the same in every epoch.
 
         Raises:
@@ -307,7 +285,7 @@ class ConversationDataset(Dataset[dict[str, Any] | BrokenSample]):
         except ValueError as error:
             raise UserError(f"image {path}: {error}") from error
 
-    def six_slice_size(self, path: Path, size: Size, index: int) -> Size | None:
+    def six_slice_size(self, path: MediaFile, size: Size, index: int) -> Size | None:
         """Size of an image where it is drawn to have about six slices; None: it never is."""
         config = self.config
         if config.six_slice_probability == 0:
@@ -318,7 +296,7 @@ class ConversationDataset(Dataset[dict[str, Any] | BrokenSample]):
             return None
         return six_slice_size(*size, self.processor.image_config.scale_resolution)
 
-    def draws_six_slices(self, path: Path, index: int, epoch: int) -> bool:
+    def draws_six_slices(self, path: MediaFile, index: int, epoch: int) -> bool:
         """Whether an image is drawn in an epoch, see `six_slice_size`."""
         # A text as seed is hashed, alike on every machine and Python version.
         chance = random.Random(f"{self.seed} {epoch} {index} {path.name}").random()
@@ -354,24 +332,6 @@ def _one_kind(turn: Turn, record: Record) -> Turn:
     if not record.videos:
         return turn
     return Turn(turn.role, turn.text.replace(VIDEO_MARKER, IMAGE_MARKER))
-
-
-def open_records(config: DataConfig) -> Records:
-    """Reads and checks the records of a recipe's data section.
-
-    Raises:
-        UserError: see `read_records`.
-    """
-    return read_records(
-        config.paths,
-        config.image_folder,
-        config.video_folder,
-        image_first=config.image_first,
-        check_files=config.check_files,
-        follow_links=config.follow_links,
-        missing=config.on_broken_image,
-        max_missing=config.max_broken,
-    )
 
 
 def build_dataset(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import enum
+import io
 import json
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 from llava_uhd.errors import UserError
 
@@ -33,6 +34,10 @@ DATA_SOURCES = {
 # Characters read at a time.
 CHUNK = 1 << 20
 BLANKS = re.compile(r"\s*")
+BOM = b"\xef\xbb\xbf"  # some editors begin a UTF-8 file with it
+
+# Takes what cannot be read: an index and the mistake there.
+Bad = Callable[[int, UserError], None]
 
 
 class ImageStatus(enum.Enum):
@@ -145,43 +150,80 @@ def check_data_file(file: Path) -> None:
     )
 
 
-def iterate_rows(file: Path) -> Iterator[tuple[int, Any]]:
+def iterate_json(file: Path, bad: Bad | None = None) -> Iterator[tuple[int, Any]]:
     """Yields (index, decoded value) of a JSON list or of JSON lines, holding one at a time.
+
+    Args:
+        file: to read.
+        bad: called with index and error of what cannot be read, instead of raising it. Reading
+            goes on behind a bad line, and ends at a mistake in a list.
 
     Raises:
         UserError: not JSON; the message has the index.
     """
     try:
-        with file.open(encoding="utf-8-sig") as stream:
-            head = stream.read(1)
+        with file.open("rb") as stream:
+            stream.seek(len(BOM) if stream.read(len(BOM)) == BOM else 0)
+            start, head = stream.tell(), stream.read(1)
             while head and head.isspace():
-                head = stream.read(1)
-            if head == "[":
-                yield from _iterate_list(stream, file)
+                start, head = stream.tell(), stream.read(1)
+            stream.seek(start)
+            if head == b"[":
+                yield from _iterate_list(stream, file, bad)
             elif head:
-                stream.seek(0)
-                yield from _iterate_lines(stream, file)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not a UTF-8 text file: {error}") from error
+                yield from _iterate_lines(stream, file, bad)
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error}") from error
 
 
-def _iterate_lines(stream: Any, file: Path) -> Iterator[tuple[int, Any]]:
+def _iterate_lines(stream: IO[bytes], file: Path, bad: Bad | None) -> Iterator[tuple[int, Any]]:
     index = 0
     for number, line in enumerate(stream, 1):
         if not line.strip():
             continue
         try:
-            yield index, json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{file}, line {number} is not valid JSON: {error.msg}") from error
+            value = json.loads(line.decode())
+        except (ValueError, RecursionError) as error:
+            told = UserError(f"{file}, line {number} is not {_expected(error)}: {_reason(error)}")
+            if bad is None:
+                raise told from error
+            bad(index, told)
+        else:
+            yield index, value
         index += 1
 
 
-def _iterate_list(stream: Any, file: Path) -> Iterator[tuple[int, Any]]:
-    """Decodes the items of a list whose opening bracket has been read."""
+def _expected(error: ValueError | RecursionError) -> str:
+    return "a UTF-8 text" if isinstance(error, UnicodeDecodeError) else "valid JSON"
+
+
+def _reason(error: ValueError | RecursionError) -> str:
+    if isinstance(error, RecursionError):
+        return "its lists or objects are nested too deeply"
+    return str(getattr(error, "msg", error))
+
+
+def _iterate_list(stream: IO[bytes], file: Path, bad: Bad | None) -> Iterator[tuple[int, Any]]:
+    count = 0
+    try:
+        for value in _list_items(io.TextIOWrapper(stream, encoding="utf-8"), file):
+            yield count, value
+            count += 1
+    except UnicodeDecodeError as error:
+        told = UserError(f"{file} is not a UTF-8 text file near record {count}: {error}")
+        if bad is None:
+            raise told from error
+        bad(count, told)
+    except UserError as error:
+        if bad is None:
+            raise
+        bad(count, error)
+
+
+def _list_items(stream: IO[str], file: Path) -> Iterator[Any]:
+    """Decodes the items of a list."""
     decoder = json.JSONDecoder()
+    stream.read(1)
     buffer, position, index, size = "", 0, 0, CHUNK
     while True:
         start = BLANKS.match(buffer, position).end()  # type: ignore[union-attr]
@@ -195,15 +237,15 @@ def _iterate_list(stream: Any, file: Path) -> Iterator[tuple[int, Any]]:
             start = BLANKS.match(buffer, start + 1).end()  # type: ignore[union-attr]
         try:
             value, position = decoder.raw_decode(buffer, start)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             # Either the item is cut at the end of the buffer, or it is wrong: read on to know.
             more = stream.read(size)
             if not more:
                 raise UserError(
-                    f"{file} is not valid JSON at record {index}: {error.msg} (cut short?)"
+                    f"{file} is not valid JSON at record {index}: {_reason(error)} (cut short?)"
                 ) from error
             buffer, position = buffer[position:] + more, 0
             size = max(CHUNK, len(buffer))
             continue
-        yield index, value
+        yield value
         index, size = index + 1, CHUNK

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image
 
 from llava_uhd.errors import UserError
 from llava_uhd.images.geometry import Size
+from llava_uhd.images.stored import MediaFile, open_media
 
 # EXIF orientations that swap width and height.
 TURNED = (5, 6, 7, 8)
@@ -29,14 +29,14 @@ class Headers(NamedTuple):
     sentences: list[str]
 
 
-def image_size(path: Path) -> Size:
+def image_size(path: MediaFile) -> Size:
     """Size of a picture as it will be seen upright, without decoding it.
 
     Raises:
         UserError: no picture.
     """
     try:
-        with Image.open(path) as image:
+        with open_media(path) as stream, Image.open(stream) as image:
             width, height = image.size
             turned = image.getexif().get(ORIENTATION_TAG) in TURNED
     except (OSError, SyntaxError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Which records of which files are read: YAML mixtures, and what was drawn from them.
+"""Which records of which files are read: YAML mixtures.
 
 ::
 
@@ -14,11 +14,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import random
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,17 +25,21 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from llava_uhd.config.typed import load_yaml
-from llava_uhd.data.files import DATA_SOURCES, check_data_file, iterate_rows
+from llava_uhd.data.files import DATA_SOURCES, Bad, check_data_file
+from llava_uhd.data.paths import expand_braces, expand_path
+from llava_uhd.data.readers import count_rows, iterate_rows
 from llava_uhd.errors import UserError
 from llava_uhd.registry import nearest_hint
 
 YAML = (".yaml", ".yml")
 TOP_KEYS = ("datasets", "seed")
-SOURCE_KEYS = ("json_path", "sampling_strategy", "seed", "image_folder", "video_folder")
+SOURCE_KEYS = (
+    *("json_path", "sampling_strategy", "seed", "image_folder", "video_folder"),
+    *("epochs", "weight"),
+)
 
 KINDS = ("all", "first", "end", "random")
 AMOUNT = re.compile(r"(\d+)(%?)")
-BRACES = re.compile(r"(.*?)\{([^{}]*)\}(.*)", re.DOTALL)
 
 
 class Strategy(NamedTuple):
@@ -73,12 +76,16 @@ class Source:
     """One file of a mixture, or a file that the recipe names itself.
 
     Attributes:
-        path: JSON list or JSON lines.
+        path: JSON list, JSON lines, shard or parquet table.
         strategy: what is drawn, as written.
         seed: of "random".
         image_folder: instead of the recipe's.
         video_folder: instead of the recipe's.
         where: entry of the mixture, for messages; empty without one.
+        epochs: how often each drawn record is seen in an epoch of the run; a fraction of a time is
+            drawn.
+        weight: share of the samples of an epoch, relative to those of the other sources of its
+            mixture; None: as many as there are.
     """
 
     path: Path
@@ -87,6 +94,8 @@ class Source:
     image_folder: str | None = None
     video_folder: str | None = None
     where: str = ""
+    epochs: float = 1
+    weight: float | None = None
 
     def count_rows(self) -> int:
         """Records of the file.
@@ -94,7 +103,7 @@ class Source:
         Raises:
             UserError: not JSON.
         """
-        return sum(1 for _ in iterate_rows(self.path))
+        return count_rows(self.path)
 
     def draw(self, total: int) -> Sequence[int]:
         """Indices of the drawn records among ``total``, ascending.
@@ -111,21 +120,24 @@ class Source:
             return draw_random(number, total, f"{self.seed} {self.path.name}")
         return range(total - number, total) if strategy.kind == "end" else range(number)
 
-    def rows(self, total: int | None) -> Iterator[tuple[int, Any]]:
+    def rows(self, total: int | None, bad: Bad | None = None) -> Iterator[tuple[int, Any]]:
         """Yields (index, decoded value) of the drawn records, holding one at a time.
 
         Args:
             total: records of the file; None takes every one, whatever the strategy.
+            bad: takes what cannot be read, see `iterate_rows`.
 
         Raises:
-            UserError: not JSON, or the strategy asks for more than there are.
+            UserError: it cannot be read, or the strategy asks for more than there are.
         """
         if total is None:
-            yield from iterate_rows(self.path)
+            yield from iterate_rows(self.path, bad)
             return
         wanted = iter(self.draw(total))
         following = next(wanted, None)
-        for index, row in iterate_rows(self.path):
+        for index, row in iterate_rows(self.path, bad):
+            while following is not None and following < index:
+                following = next(wanted, None)  # it could not be read
             if following is None:
                 return
             if index == following:
@@ -136,38 +148,6 @@ class Source:
     def place(self) -> str:
         """Entry and file, for messages."""
         return f"{self.where} ({self.path})" if self.where else str(self.path)
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """What was drawn from a source.
-
-    Attributes:
-        source: it.
-        total: records in the file.
-        drawn: records drawn.
-        left_out: of them, those whose image or video is missing.
-        ids_digest: SHA-256 of the lines ``INDEX ID`` of the drawn ones, each with its newline.
-    """
-
-    source: Source
-    total: int
-    drawn: int
-    left_out: int
-    ids_digest: str
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain form for the manifest; hashes the file."""
-        return {
-            "path": str(self.source.path),
-            "sampling_strategy": self.source.strategy,
-            "seed": self.source.seed if self.source.strategy.startswith("random") else None,
-            "total": self.total,
-            "drawn": self.drawn,
-            "left_out": self.left_out,
-            "file_sha256": file_digest(self.source.path),
-            "ids_sha256": self.ids_digest,
-        }
 
 
 def draw_random(number: int, total: int, seed: str) -> list[int]:
@@ -208,39 +188,45 @@ def parse_strategy(text: str) -> Strategy:
     return Strategy(kind, int(match[1]), bool(match[2]))
 
 
-def expand_braces(path: str) -> list[str]:
-    """The files that ``prefix{a,b}suffix`` names, in order; other paths stand for themselves.
+def find_sources(paths: Sequence[str], mistakes: list[UserError] | None = None) -> list[Source]:
+    """The files behind ``data.path``, in order: data files, paths of several, YAML mixtures.
 
-    Example: ``expand_braces("d/{a,b}.json")`` is ``["d/a.json", "d/b.json"]``.
-    """
-    match = BRACES.fullmatch(path)
-    if match is None or Path(path).exists():
-        return [path]
-    head, names, tail = match.groups()
-    return [
-        each for name in names.split(",") for each in expand_braces(f"{head}{name.strip()}{tail}")
-    ]
-
-
-def find_sources(paths: Sequence[str]) -> list[Source]:
-    """The files behind ``data.path``, in order: data files, brace paths and YAML mixtures.
+    Args:
+        paths: as written.
+        mistakes: takes what is wrong, instead of the first error being raised.
 
     Raises:
         UserError: a file that is not there, or a mixture that is not right.
     """
     sources = []
     for written in paths:
-        for path in expand_braces(written):
-            if Path(path).suffix.lower() in YAML:
-                sources += read_mixture(Path(path))
-            else:
-                check_data_file(Path(path))
-                sources.append(Source(Path(path)))
+        for path in expand_path(written):
+            with _noting(mistakes):
+                if Path(path).suffix.lower() in YAML:
+                    sources += read_mixture(Path(path), mistakes)
+                else:
+                    check_data_file(Path(path))
+                    sources.append(Source(Path(path)))
     return sources
 
 
-def read_mixture(file: Path) -> list[Source]:
+@contextmanager
+def _noting(mistakes: list[UserError] | None) -> Iterator[None]:
+    """Puts an error into a list, if there is one."""
+    try:
+        yield
+    except UserError as error:
+        if mistakes is None:
+            raise
+        mistakes.append(error)
+
+
+def read_mixture(file: Path, mistakes: list[UserError] | None = None) -> list[Source]:
     """Sources of a YAML mixture.
+
+    Args:
+        file: of the mixture.
+        mistakes: takes what is wrong with single entries, instead of the first being raised.
 
     Raises:
         UserError: file, entry and key that are wrong, and what is expected.
@@ -253,11 +239,15 @@ def read_mixture(file: Path) -> list[Source]:
     if not isinstance(entries, list) or not entries:
         raise UserError(f"{file}: 'datasets' must be a list with at least one json_path")
     seed = _whole(values.get("seed"), 0, f"{file}: seed")
-    return [
-        source
-        for number, entry in enumerate(entries)
-        for source in _read_entry(entry, file, f"{file}: datasets[{number}]", seed)
-    ]
+    sources: list[Source] = []
+    for number, entry in enumerate(entries):
+        with _noting(mistakes):
+            sources += _read_entry(entry, file, f"{file}: datasets[{number}]", seed)
+    weighted = [source.weight is not None for source in sources]
+    if any(weighted) and not all(weighted):
+        first = sources[weighted.index(False)].where
+        raise UserError(f"{first}.weight is missing: either every source has one, or none")
+    return sources
 
 
 def _read_entry(entry: Any, file: Path, where: str, seed: int) -> list[Source]:
@@ -280,15 +270,37 @@ def _read_entry(entry: Any, file: Path, where: str, seed: int) -> list[Source]:
         None if entry.get(key) is None else str(_beside(entry[key], file))
         for key in ("image_folder", "video_folder")
     )
+    epochs, weight = (_positive(entry.get(key), f"{where}.{key}") for key in ("epochs", "weight"))
     sources = []
-    for path in [written] if _beside(written, file).exists() else expand_braces(written):
-        found = _beside(path, file)
+    for path, found in _files_of(written, file):
         if found.suffix.lower() in YAML:
             raise UserError(f"{where}.json_path {path}: a mixture cannot hold another one")
         if not found.is_file():
             raise UserError(_missing_source(path, file, where))
-        sources.append(Source(found, strategy, own_seed, images, videos, where))
+        sources.append(
+            Source(found, strategy, own_seed, images, videos, where, epochs or 1, weight)
+        )
     return sources
+
+
+def _files_of(written: str, file: Path) -> list[tuple[str, Path]]:
+    """(name, path) of each file that an entry stands for."""
+    found = []
+    for name in [written] if _beside(written, file).exists() else expand_braces(written):
+        places = [
+            [Path(path) for path in expand_path(str(base))] for base in (file.parent / name, name)
+        ]
+        paths = next((each for each in places if any(map(Path.exists, each))), places[0])
+        found += [(name if len(paths) == 1 else str(path), path) for path in paths]
+    return found
+
+
+def _positive(value: Any, where: str) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e6:
+        raise UserError(f"{where} must be a number above 0, got {value!r:.80}")
+    return float(value)
 
 
 def _missing_source(path: str, file: Path, where: str) -> str:
@@ -318,33 +330,3 @@ def _whole(value: Any, default: int, where: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise UserError(f"{where} must be a whole number, got {value!r:.80}")
     return value
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal.
-
-    Raises:
-        UserError: it cannot be read.
-    """
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    return digest.hexdigest()
-
-
-def data_manifest(drawn: Sequence[Drawn]) -> dict[str, Any]:
-    """What a run is trained on, in plain form: each source, and one digest over all of them."""
-    sources = [each.to_dict() for each in drawn]
-    names = ("total", "drawn", "left_out", "file_sha256", "ids_sha256")
-    content = json.dumps([[each[name] for name in names] for each in sources])
-    return {
-        "format": 1,
-        "samples": sum(each.drawn - each.left_out for each in drawn),
-        "left_out": sum(each.left_out for each in drawn),
-        "sha256": hashlib.sha256(content.encode()).hexdigest(),
-        "sources": sources,
-    }

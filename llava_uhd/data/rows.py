@@ -20,6 +20,18 @@ SPEAKERS = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
 NOISE = "QA_GT_caption_based_noisy"
 
 
+class RowError(UserError):
+    """A sample that is not as it should be.
+
+    Attributes:
+        kind: what about it, for reports: "form", "role", "order", "empty", "count" or "text".
+    """
+
+    def __init__(self, message: str, kind: str = "form") -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
 class Row(NamedTuple):
     """A checked sample.
 
@@ -46,10 +58,10 @@ def parse_row(row: Any, image_first: bool | str = False) -> Row:
         image_first: see `place_marker`.
 
     Raises:
-        UserError: what is wrong and what is expected.
+        RowError: what is wrong and what is expected.
     """
     if not isinstance(row, dict):
-        raise UserError(f"must be an object with conversations, got {type(row).__name__}")
+        raise RowError(f"must be an object with conversations, got {type(row).__name__}")
     images, videos = _parse_paths(row, "image"), _parse_paths(row, "video")
     turns, words = _parse_turns(row.get("conversations"))
     if images or videos:
@@ -60,9 +72,10 @@ def parse_row(row: Any, image_first: bool | str = False) -> Row:
         # Without videos <video> is a word like others.
         count = sum(turn.text.count(marker) for turn in turns)
         if count != len(given) and (given or kind == "image"):
-            raise UserError(
+            raise RowError(
                 f"has {len(given)} {kind}(s) but {count} {marker} marker(s) in its turns: "
-                f"there must be one marker per {kind}"
+                f"there must be one marker per {kind}",
+                "count",
             )
     return Row(str(row.get("id", "")), images, videos, turns, words)
 
@@ -104,21 +117,24 @@ def _parse_paths(row: dict[str, Any], kind: str) -> tuple[str, ...]:
     """Paths of the images or videos of a sample."""
     given = [key for key in (kind, f"{kind}s") if row.get(key) is not None]
     if len(given) == 2:
-        raise UserError(f"has both '{kind}' and '{kind}s': keep one")
+        raise RowError(f"has both '{kind}' and '{kind}s': keep one")
     if not given:
         return ()
     value = row[given[0]]
     paths = [value] if isinstance(value, str) else value
     if not isinstance(paths, list) or not all(isinstance(each, str) and each for each in paths):
-        raise UserError(f"'{given[0]}' must be a path or a list of paths, got {value!r:.80}")
+        raise RowError(f"'{given[0]}' must be a path or a list of paths, got {value!r:.80}")
     for path in paths:
-        check_unicode(path)
+        _check_text(path)
     return tuple(paths)
 
 
 def _parse_turns(value: Any) -> tuple[list[Turn], int]:
     if not isinstance(value, list) or not value:
-        raise UserError("'conversations' must be a list with at least one human and one gpt turn")
+        raise RowError(
+            "'conversations' must be a list with at least one human and one gpt turn",
+            "empty" if value in (None, []) else "form",
+        )
     turns = [_parse_turn(item, position) for position, item in enumerate(value)]
     words = sum(len(turn.text.split()) for turn in turns)
     if turns[0].role == "gpt":
@@ -127,9 +143,13 @@ def _parse_turns(value: Any) -> tuple[list[Turn], int]:
         turns = turns[:-1]  # a question without an answer teaches nothing
     for position, turn in enumerate(turns):
         if turn.role != ROLES[position % 2]:
-            raise UserError(f"two {turn.role} turns follow each other: turns must alternate")
+            raise RowError(
+                f"two {turn.role} turns follow each other: turns must alternate", "order"
+            )
     if len(turns) < 2:
-        raise UserError("the conversation is empty: at least one human and one gpt turn are needed")
+        raise RowError(
+            "the conversation is empty: at least one human and one gpt turn are needed", "empty"
+        )
     return turns, words
 
 
@@ -139,13 +159,21 @@ def _parse_turn(item: Any, position: int) -> Turn:
         item = {}
     speaker, text = item.get("from", item.get("role")), item.get("value", item.get("content"))
     if not isinstance(text, str):
-        raise UserError(
+        raise RowError(
             f"turn {position} must have 'from' and 'value' texts (or 'role' and 'content')"
         )
     role = SPEAKERS.get(speaker) if isinstance(speaker, str) else None
     if role is None:
-        raise UserError(
-            f"turn {position} is from {speaker!r}: expected human or gpt (or user or assistant)"
+        raise RowError(
+            f"turn {position} is from {speaker!r}: expected human or gpt (or user or assistant)",
+            "role",
         )
-    check_unicode(text)
+    _check_text(text)
     return Turn(role, text)
+
+
+def _check_text(text: str) -> None:
+    try:
+        check_unicode(text)
+    except UserError as error:
+        raise RowError(str(error), "text") from error

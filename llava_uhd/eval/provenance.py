@@ -17,6 +17,7 @@ import torch
 from llava_uhd.checkpoint.manifest import library_versions
 from llava_uhd.checkpoint.weights import weight_files
 from llava_uhd.eval.task import Item, Task
+from llava_uhd.images.stored import StoredFile
 
 _BLOCK = 1 << 16  # bytes read at a place
 _PLACES = 64  # places read in a large file
@@ -62,6 +63,8 @@ def data_digest(task: Task, items: Iterable[Item]) -> str:
                 path = Path(source)
                 images.append((path.name, path.stat().st_size if path.is_file() else None))
             else:
+                if isinstance(source, StoredFile):
+                    source = source.open().read()
                 content = source if isinstance(source, bytes) else source.tobytes()
                 images.append((hashlib.sha256(content).hexdigest(), len(content)))
         digest.update(repr((item.id, task.turns(item), images)).encode("utf-8", "replace"))

@@ -21,6 +21,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from llava_uhd.config.model import CLIP_MEAN
 from llava_uhd.errors import UserError
 from llava_uhd.images.geometry import Canvas, Size, SlicePlan
+from llava_uhd.images.stored import StoredFile
 
 # Formats that Pillow decodes itself; others (EPS, PDF, ...) would start outside programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "MPO")
@@ -28,14 +29,14 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF
 # A picture of more pixels is refused before it is decoded: 3 bytes each would be 0.5 GB.
 MAX_PIXELS = 178_956_970
 
-ImageSource = str | PathLike[str] | bytes | Image.Image
+ImageSource = str | PathLike[str] | bytes | Image.Image | StoredFile
 
 
 def open_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Opens and fully decodes a picture.
 
     Args:
-        source: path, encoded bytes, or a PIL image.
+        source: path, encoded bytes, a PIL image, or a file inside another one.
         max_pixels: larger pictures are refused before decoding.
 
     Returns:
@@ -48,6 +49,9 @@ def open_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image.Image
         return to_rgb(source)
     if isinstance(source, bytes):
         return _decode(io.BytesIO(source), f"image data of {len(source)} bytes", max_pixels)
+    if isinstance(source, StoredFile):
+        with source.open() as stored:
+            return _decode(stored, f"image {source}", max_pixels)
     if not isinstance(source, str | PathLike):
         raise UserError(
             f"an image must be a path, encoded bytes or a PIL image, got {type(source).__name__}"

@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import numpy as np
 from PIL import Image
@@ -19,6 +19,7 @@ from PIL import Image
 from llava_uhd.config.model import VideoConfig
 from llava_uhd.errors import UserError
 from llava_uhd.images.pixels import open_image, to_rgb
+from llava_uhd.images.stored import MediaFile, StoredFile
 from llava_uhd.images.video_file import VideoFile
 from llava_uhd.images.video_frames import check_pixels, first_size, read_frames
 
@@ -42,7 +43,7 @@ class Video(NamedTuple):
     duration: float
 
 
-VideoSource = str | PathLike[str] | Sequence[Image.Image] | Video
+VideoSource = str | PathLike[str] | StoredFile | Sequence[Image.Image] | Video
 
 
 def read_video(source: VideoSource, config: VideoConfig) -> Video:
@@ -65,9 +66,11 @@ def read_video(source: VideoSource, config: VideoConfig) -> Video:
     """
     if isinstance(source, Video):
         return source
-    if isinstance(source, str | PathLike):
-        path = Path(source)
-        return _read_folder(path, config) if _is_folder(path) else _read_file(path, config)
+    if isinstance(source, str | PathLike | StoredFile):
+        path = _as_file(source)
+        if _is_folder(path):
+            return _read_folder(path, config)
+        return _read_file(path, config)
     images = _check_list(source)
     picks = _choose(len(images), config)
     turned = {index: to_rgb(images[index]) for index in dict.fromkeys(picks)}
@@ -84,9 +87,9 @@ def num_frames(source: VideoSource, config: VideoConfig) -> int:
     """
     if isinstance(source, Video):
         return len(source.frames)
-    if not isinstance(source, str | PathLike):
+    if not isinstance(source, str | PathLike | StoredFile):
         return len(_choose(len(_check_list(source)), config))
-    path = Path(source)
+    path = _as_file(source)
     if _is_folder(path):
         return len(_choose(len(frame_files(path)), config))
     with VideoFile(path) as file:
@@ -101,10 +104,10 @@ def frame_times(source: VideoSource, config: VideoConfig) -> tuple[list[float], 
     """
     if isinstance(source, Video):
         return source.times, source.duration
-    if not isinstance(source, str | PathLike):
+    if not isinstance(source, str | PathLike | StoredFile):
         total = len(_check_list(source))
         return _times_at_frame_rate(_choose(total, config), total)
-    path = Path(source)
+    path = _as_file(source)
     if _is_folder(path):
         total = len(frame_files(path))
         return _times_at_frame_rate(_choose(total, config), total)
@@ -121,9 +124,9 @@ def frame_size(source: VideoSource) -> tuple[int, int]:
     """
     if isinstance(source, Video):
         return source.frames[0].size
-    if not isinstance(source, str | PathLike):
+    if not isinstance(source, str | PathLike | StoredFile):
         return to_rgb(_check_list(source)[0]).size
-    path = Path(source)
+    path = _as_file(source)
     if _is_folder(path):
         return open_image(frame_files(path)[0]).size
     with VideoFile(path) as file:
@@ -204,7 +207,7 @@ def frame_files(folder: Path) -> list[Path]:
     return sorted(files, key=lambda each: (_natural(each.name), each.name))
 
 
-def _read_file(path: Path, config: VideoConfig) -> Video:
+def _read_file(path: MediaFile, config: VideoConfig) -> Video:
     with VideoFile(path) as file:
         total = file.timeline.total
         picks = sample_indices(total, file.fps(), config)
@@ -251,7 +254,13 @@ def _check_list(source: Sequence[Image.Image]) -> Sequence[Image.Image]:
     return source
 
 
-def _is_folder(path: Path) -> bool:
+def _as_file(source: str | PathLike[str] | StoredFile) -> MediaFile:
+    return source if isinstance(source, StoredFile) else Path(source)
+
+
+def _is_folder(path: MediaFile) -> TypeGuard[Path]:
+    if isinstance(path, StoredFile):
+        return False
     try:
         return path.is_dir()
     except OSError:  # a name that no file can have: opening it as a file will say so

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llava_uhd.errors import UserError
 from llava_uhd.images.pixels import MAX_PIXELS
+from llava_uhd.images.stored import MediaFile, StoredFile
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -69,10 +70,11 @@ class VideoFile:
     container: InputContainer
     stream: VideoStream
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: MediaFile) -> None:
         self.path = path
         self.av = import_av()
-        check_file(path)
+        if not isinstance(path, StoredFile):
+            check_file(path)
         self._open()
 
     def __enter__(self) -> VideoFile:
@@ -268,7 +270,7 @@ class VideoFile:
 
     def _check_reach(self) -> None:
         """Whether the file goes on to the last byte that the index of an mp4 file lists."""
-        size = self.path.stat().st_size
+        size = self.container.size
         ends = (entry.pos + entry.size for entry in getattr(self.stream, "index_entries", ()))
         end = max(ends, default=0)
         if end > size:
@@ -337,7 +339,7 @@ def check_file(path: Path) -> None:
         raise UserError(f"video {name} cannot be opened ({_reason(error)})") from error
 
 
-def _open_container(av: ModuleType, path: Path) -> InputContainer:
+def _open_container(av: ModuleType, path: MediaFile) -> InputContainer:
     # "file:" and the two lists: no name and no content makes FFmpeg open anything else.
     options = {"protocol_whitelist": "file", "format_whitelist": ",".join(CONTAINERS)}
     if int(av.__version__.split(".")[0]) < 19:
@@ -346,6 +348,8 @@ def _open_container(av: ModuleType, path: Path) -> InputContainer:
     else:
         opened = {}
     try:
+        if isinstance(path, StoredFile):
+            return av.open(path.open(), options=options, **opened)
         return av.open(f"file:{path.absolute()}", options=options, **opened)
     except PermissionError as error:
         raise UserError(f"video {path} cannot be opened ({_reason(error)})") from error

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from llava_uhd.checkpoint.manifest import write_whole
 from llava_uhd.checkpoint.weights import read_json
-from llava_uhd.data.mixture import data_manifest
+from llava_uhd.data.drawn import data_manifest
 from llava_uhd.data.records import Records
 from llava_uhd.errors import UserError
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from llava_uhd.data.files import ImageRoot, iterate_rows
+from llava_uhd.data.files import ImageRoot, iterate_json
 from llava_uhd.errors import UserError
 from llava_uhd.eval.generate import image_size
 from llava_uhd.eval.metrics import exact_match, place_accuracy
@@ -42,7 +42,7 @@ class Synthetic(Task):
     def items(self, root: Path) -> Iterator[Item]:
         """One item per line of ``eval.jsonl``."""
         file, images = root / "eval.jsonl", ImageRoot(root / "images")
-        for index, row in iterate_rows(file):
+        for index, row in iterate_json(file):
             try:
                 yield self._item(row, images)
             except KeyError as error:
