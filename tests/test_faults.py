@@ -16,14 +16,8 @@ from typing import Any
 
 import pytest
 import torch
-from fixtures_kills import (
-    Fault,
-    Runs,
-    assert_only_whole,
-    finished,
-    runs,  # noqa: F401  (fixture)
-    wait_for,
-)
+from fixtures_kills import Fault, Runs, assert_only_whole, finished, wait_for
+from fixtures_kills import runs as runs  # (fixture)
 from fixtures_runs import FROM_NOTHING, ROOT, Train, assert_same_run, break_at, run_here, steps
 from torch import nn
 from transformers import Trainer
@@ -259,7 +253,7 @@ LIMITS = {"weights": 300_000, "optimizer": 700_000}
 @pytest.mark.slow
 @pytest.mark.parametrize("file", LIMITS)
 def test_a_full_disk(
-    runs: Runs, train: Train, unbroken: Path, file: str  # noqa: F811
+    runs: Runs, train: Train, unbroken: Path, file: str
 ) -> None:  # fmt: skip
     """The system itself refuses to write on."""
     output = f"out/full_{file}"
@@ -347,7 +341,7 @@ def test_a_folder_that_cannot_be_written(train: Train, workplace: Path, blocked:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
 def test_a_signal_saves_and_leaves(
-    runs: Runs, train: Train, unbroken: Path, name: str  # noqa: F811
+    runs: Runs, train: Train, unbroken: Path, name: str
 ) -> None:  # fmt: skip
     """Sent to all processes of the run, as a scheduler does, the data loader's worker included."""
     output = f"out/{name}"

@@ -10,18 +10,16 @@ import platform
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import Trainer
 
 from llava_uhd.checkpoint.manifest import library_versions, write_whole
 from llava_uhd.train.log import read_log
 from llava_uhd.train.saving import newest
 from llava_uhd.train.stages import part_of
-
-if TYPE_CHECKING:
-    from llava_uhd.train.guarded import GuardedTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +48,7 @@ def batches_of_step(
     return taken[rank::ranks]
 
 
-def samples_of_step(trainer: GuardedTrainer) -> list[list[int]]:
+def samples_of_step(trainer: Trainer) -> list[list[int]]:
     """Indices of the samples in each micro-batch of the step at hand, on this process."""
     sampler = trainer.sampler
     if sampler is None:
@@ -95,7 +93,7 @@ def gradient_facts(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _rank_facts(trainer: GuardedTrainer) -> dict[str, Any]:
+def _rank_facts(trainer: Trainer) -> dict[str, Any]:
     dataset = trainer.train_dataset
     records = getattr(getattr(dataset, "samples", dataset), "records", None)
     micro = []
@@ -110,7 +108,7 @@ def _rank_facts(trainer: GuardedTrainer) -> dict[str, Any]:
     return {"host": platform.node(), "pid": os.getpid(), "micro_batches": micro}
 
 
-def write_bundle(trainer: GuardedTrainer, reason: str, facts: dict[str, Any]) -> Path | None:
+def write_bundle(trainer: Trainer, reason: str, facts: dict[str, Any]) -> Path | None:
     """Writes ``diagnostics/step-N``; every process adds its own samples.
 
     Args:

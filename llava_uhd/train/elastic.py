@@ -7,17 +7,15 @@ import contextlib
 import io
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers import Trainer
 
 from llava_uhd.checkpoint.weights import read_json
 from llava_uhd.errors import UserError
 from llava_uhd.train.saving import SEAL_FILE, UNFINISHED
 from llava_uhd.train.start import say
-
-if TYPE_CHECKING:
-    from llava_uhd.train.guarded import GuardedTrainer
 
 ENGINES = {
     "plain": "without DeepSpeed and FSDP",
@@ -26,7 +24,7 @@ ENGINES = {
 }
 
 
-def facts_of(trainer: GuardedTrainer) -> dict[str, Any]:
+def facts_of(trainer: Trainer) -> dict[str, Any]:
     """What decides whether a checkpoint can be gone on from; it stands in the seal."""
     args = trainer.args
     engine = "deepspeed" if trainer.is_deepspeed_enabled else "plain"
@@ -38,7 +36,7 @@ def facts_of(trainer: GuardedTrainer) -> dict[str, Any]:
     }
 
 
-def fitting(trainer: GuardedTrainer, checkpoint: Path) -> Path:
+def fitting(trainer: Trainer, checkpoint: Path) -> Path:
     """A folder with a checkpoint's state that the processes of this run can read.
 
     What DeepSpeed has shared out over other numbers of processes is converted, into a copy (without
@@ -74,7 +72,7 @@ def fitting(trainer: GuardedTrainer, checkpoint: Path) -> Path:
     return _universal(trainer, checkpoint) if now["engine"] == "deepspeed" else checkpoint
 
 
-def _universal(trainer: GuardedTrainer, checkpoint: Path) -> Path:
+def _universal(trainer: Trainer, checkpoint: Path) -> Path:
     target = checkpoint.parent / UNFINISHED / "universal" / checkpoint.name
     if trainer.args.process_index == 0:
         say("converting what DeepSpeed has shared out ...")

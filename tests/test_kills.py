@@ -1,0 +1,227 @@
+"""Runs that are killed at any moment, also while they write, and go on as if nothing had been."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from fixtures_kills import (
+    COUNT_FILE,
+    Fault,
+    Runs,
+    assert_only_whole,
+    finished,
+    random_fault,
+    runs,  # noqa: F401  (fixture)
+    wait_for,
+)
+from fixtures_runs import FROM_NOTHING, assert_same_run, start, steps, weights
+from safetensors.torch import load_file
+
+from llava_uhd.checkpoint.manifest import MANIFEST_FILE, read_manifest
+from llava_uhd.errors import STOPPED_STATUS
+from llava_uhd.train.saving import UNFINISHED, checkpoints
+
+RECIPE = "debug/finetune"
+LONG = (
+    *FROM_NOTHING, "--trainer.max_steps", "7", "--trainer.save_steps", "2",
+    "--data.six_slice_probability", "0.5", "--trainer.save_total_limit", "2",
+)  # fmt: skip
+# One file is written by torch.save for the optimizer, the rates, and the random numbers each.
+SAVES = 3
+
+
+@pytest.fixture(scope="module")
+def unbroken(runs: Runs) -> Path:  # noqa: F811
+    """Seven steps, four checkpoints, a result."""
+    assert runs.run("out/unbroken", RECIPE, *LONG) == 0, runs.said("out/unbroken")
+    return runs.workplace / "out/unbroken"
+
+
+def test_what_a_run_leaves(runs: Runs, unbroken: Path) -> None:  # noqa: F811
+    assert [step for step, _ in checkpoints(unbroken)] == [6, 7]
+    assert not (unbroken / UNFINISHED).exists()
+    facts = json.loads((unbroken / "checkpoint-7/complete.json").read_text())
+    assert set(facts["files"]) == {"optimizer.pt", "rng_state.pth", "scheduler.pt",
+                                   "trainable.safetensors", "trainer_state.json"}  # fmt: skip
+
+
+# --- at chosen moments ----------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("save", [2 * SAVES - 2, 2 * SAVES])
+def test_a_kill_in_the_middle_of_a_file(
+    runs: Runs, unbroken: Path, save: int  # noqa: F811
+) -> None:  # fmt: skip
+    """Half an optimizer state, half the random numbers: the checkpoint before stays the newest."""
+    output, folder = f"out/half_{save}", runs.workplace / f"out/half_{save}"
+    assert runs.run(output, RECIPE, *LONG, fault=Fault(torch_save=save)) == -signal.SIGKILL
+    assert (folder / UNFINISHED / "checkpoint-4").is_dir()
+    assert [step for step, _ in checkpoints(folder)] == [2]
+    assert_only_whole(folder)
+    assert runs.run(output, RECIPE, *LONG) == 0, runs.said(output)
+    assert "Going on from out" in runs.said(output) and "checkpoint-2" in runs.said(output)
+    assert_same_run(unbroken, folder)
+
+
+@pytest.mark.slow
+def test_a_kill_while_the_result_is_moved(runs: Runs, unbroken: Path) -> None:  # noqa: F811
+    """The last change of a file that brings the model into the output folder."""
+    output, folder = "out/late", runs.workplace / "out/late"
+    fault = Fault(before="model.safetensors")
+    assert runs.run(output, RECIPE, *LONG, fault=fault) == -signal.SIGKILL
+    assert (folder / "tokenizer.json").is_file() and not (folder / "model.safetensors").exists()
+    assert (folder / UNFINISHED / "result/model.safetensors").is_file()
+    assert not (folder / MANIFEST_FILE).exists()
+    assert runs.run(output, RECIPE, *LONG) == 0, runs.said(output)
+    assert "checkpoint-7" in runs.said(output) and read_manifest(folder)["finished"]
+    assert_same_run(unbroken, folder)
+
+
+# --- at random moments ----------------------------------------------------------------------------
+
+
+def killed_at_random(
+    runs: Runs, unbroken: Path, name: str, draw: random.Random  # noqa: F811
+) -> dict[str, object]:  # fmt: skip
+    """One kill at a random moment, then the same command again.
+
+    Returns:
+        What was met: where the kill fell, and what lay there.
+    """
+    output, folder = f"out/{name}", runs.workplace / "out" / name
+    events = int((unbroken.parents[1] / COUNT_FILE).read_text())
+    fault = random_fault(draw, events, seconds=3.0, saves=4 * SAVES)
+    status = runs.run(output, RECIPE, *LONG, fault=fault)
+    assert status in (0, -signal.SIGKILL), runs.said(output)  # a late one may come too late
+    found = {
+        "killed": status != 0,
+        "writing": (folder / UNFINISHED).exists(),
+        "checkpoints": [step for step, _ in checkpoints(folder)],
+        "finished": bool(folder.is_dir() and read_manifest(folder).get("finished")),
+    }
+    assert_only_whole(folder)
+    assert runs.run(output, RECIPE, *LONG) == 0, runs.said(output)
+    assert read_manifest(folder)["finished"] and not (folder / UNFINISHED).exists()
+    assert_same_run(unbroken, folder)
+    assert "Traceback" not in runs.said(output)
+    return found
+
+
+@pytest.mark.slow
+def test_kills_at_random_moments(runs: Runs, unbroken: Path) -> None:  # noqa: F811
+    draw = random.Random(1)
+    found = [killed_at_random(runs, unbroken, f"random_{n}", draw) for n in range(3)]
+    assert any(each["killed"] for each in found)
+
+
+@pytest.mark.full
+def test_twenty_kills(runs: Runs, unbroken: Path) -> None:  # noqa: F811
+    draw, found = random.Random(2), []
+    while sum(bool(each["killed"]) for each in found) < 20:
+        found.append(killed_at_random(runs, unbroken, f"one_of_20_{len(found)}", draw))
+    killed = [each for each in found if each["killed"]]
+    writing = sum(bool(each["writing"]) for each in killed)
+    print(f"{len(killed)} kills, {writing} of them while files were written aside")
+    for each in killed:
+        print(each)
+    assert writing >= 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["pretrain", "lora"])
+def test_kills_in_other_stages(runs: Runs, kind: str) -> None:  # noqa: F811
+    """Every kind of stage goes on with optimizer, order and random numbers; killed twice."""
+    words = {
+        "pretrain": ("debug/pretrain", "--trainer.max_steps", "5"),
+        "lora": (RECIPE, *LONG, "--lora.r", "4", "--lora.dropout", "0.1"),
+    }[kind]
+    whole, broken = (f"out/{kind}_{end}" for end in ("whole", "broken"))
+    assert runs.run(whole, *words) == 0, runs.said(whole)
+    for fault in (Fault(torch_save=SAVES + 1), Fault(event=1, in_checkpoint=1)):
+        assert runs.run(broken, *words, fault=fault) == -signal.SIGKILL, runs.said(broken)
+        assert_only_whole(runs.workplace / broken)
+    assert runs.run(broken, *words) == 0, runs.said(broken)
+    first, second = runs.workplace / whole, runs.workplace / broken
+    assert steps(first) == steps(second)
+    names = sorted(path.name for path in first.glob("*.safetensors"))
+    assert names and names == sorted(path.name for path in second.glob("*.safetensors"))
+    for name in names:
+        before, after = load_file(first / name), load_file(second / name)
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+# --- several processes ----------------------------------------------------------------------------
+
+TWO = (RECIPE, *FROM_NOTHING, "--trainer.max_steps", "12", "--trainer.save_steps", "3",
+       "--trainer.per_device_train_batch_size", "1")  # fmt: skip
+
+
+@pytest.mark.slow
+def test_two_processes(runs: Runs) -> None:  # noqa: F811
+    """One is killed; one is told to stop; a single one goes on: the losses stay the same."""
+    whole, broken = runs.workplace / "out/two", runs.workplace / "out/two_broken"
+    assert [finished(each) for each in runs.begin_ranks(2, "out/two", *TWO)] == [0, 0]
+    assert len(steps(whole)) == 12
+    # SIGKILL to one: the other ends by itself.
+    ranks = runs.begin_ranks(2, "out/two_broken", *TWO)
+    wait_for(lambda: len(steps(broken)) >= 4, ranks[0])
+    os.kill(ranks[1].pid or 0, signal.SIGKILL)
+    assert finished(ranks[1]) == -signal.SIGKILL
+    assert finished(ranks[0], 60) not in (0, -signal.SIGKILL)
+    assert_only_whole(broken)
+    before = len(checkpoints(broken))
+    assert before >= 1
+    # SIGTERM to one: both save and leave.
+    ranks = runs.begin_ranks(2, "out/two_broken", *TWO)
+    wait_for(lambda: len(steps(broken)) >= 7, ranks[0])
+    os.kill(ranks[1].pid or 0, signal.SIGTERM)
+    assert [finished(each) for each in ranks] == [STOPPED_STATUS] * 2, runs.said("out/two_broken")
+    done, path = checkpoints(broken)[-1]
+    assert json.loads((path / "complete.json").read_text())["ranks"] == 2
+    assert 7 <= done < 12
+    assert [e["loss"] for e in steps(broken)] == [e["loss"] for e in steps(whole)[:done]]
+    # One process takes over: the global batch, its order and its losses are the same.
+    assert runs.run("out/two_broken", *TWO) == 0, runs.said("out/two_broken")
+    for ours, theirs in zip(steps(broken), steps(whole), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-6)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
+    after, expected = weights(broken), weights(whole)
+    largest = max(float((after[name] - expected[name]).abs().max()) for name in expected)
+    assert largest < 1e-5, largest
+
+
+@pytest.mark.slow
+def test_the_launcher_passes_signals_on(runs: Runs) -> None:  # noqa: F811
+    """The real command: its processes write a checkpoint, it leaves with their status, briefly."""
+    folder = runs.workplace / "out/launched"
+    launcher = ("-m", "llava_uhd.launch", "--standalone", "--nproc_per_node", "2")
+    words = (*TWO, "--trainer.max_steps", "400", "--trainer.save_steps", "400")
+    process = start(
+        runs.workplace, *words, "--trainer.output_dir", "out/launched", launcher=launcher
+    )
+    try:
+        deadline = time.monotonic() + 240
+        while len(steps(folder)) < 3:
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        output, errors = process.communicate(timeout=120)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+    assert process.returncode == STOPPED_STATUS, errors
+    assert "Traceback" not in errors and "exitcode" not in errors, errors
+    assert "stopped by SIGTERM" in " ".join(output.split())
+    assert len(checkpoints(folder)) == 1
+    assert_only_whole(folder)
