@@ -18,6 +18,7 @@ from torch import nn
 from llava_uhd.config.model import CompressionConfig
 from llava_uhd.data.collator import Collator, batch_size
 from llava_uhd.data.dataset import BrokenSample
+from llava_uhd.language.by_sample import BY_SAMPLE
 from llava_uhd.model.modeling import LlavaUHDForConditionalGeneration
 from llava_uhd.text.encoding import IGNORE_INDEX
 from llava_uhd.text.templates import Turn
@@ -92,7 +93,7 @@ def assert_like(found: tuple[float, torch.Tensor], expected: tuple[float, torch.
 BACKENDS = [
     (kind, backend)
     for kind in KINDS
-    for backend in ("sdpa", "eager", PLAIN_FLASH)
+    for backend in ("sdpa", "eager", BY_SAMPLE, PLAIN_FLASH)
     if backend != PLAIN_FLASH or kind == "uhd"
 ]
 

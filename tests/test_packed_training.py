@@ -31,6 +31,7 @@ from llava_uhd.checkpoint.manifest import read_manifest
 from llava_uhd.config.recipe import load_recipe
 from llava_uhd.data.collator import Collator
 from llava_uhd.errors import UserError
+from llava_uhd.language.by_sample import BY_SAMPLE
 from llava_uhd.text.encoding import IGNORE_INDEX
 from llava_uhd.train import __main__ as command
 from llava_uhd.train.log import read_log
@@ -138,6 +139,39 @@ def test_every_kind_of_recipe_packs(train: Train, recipe: str) -> None:
     stages = [entry for entry in read_log(folder) if "compression_stage" in entry]
     if recipe.startswith("llavolta"):
         assert [entry["step"] for entry in stages] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("words", "backend"),
+    [
+        ((), BY_SAMPLE),
+        (("--model.attn_implementation", "sdpa"), "sdpa"),
+        (("--lora.r", "4", "--stage.learn.language_model", "1e-3"), BY_SAMPLE),
+    ],
+)
+def test_attention_works_sample_by_sample_unless_chosen(
+    train: Train,
+    unbroken: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    words: tuple[str, ...],
+    backend: str,
+) -> None:
+    if "--lora.r" in words:
+        pytest.importorskip("peft")
+    seen: list[Any] = []
+    build = command.build_trainer
+    monkeypatch.setattr(
+        command, "build_trainer", lambda *given: seen.append(build(*given)) or seen[0]
+    )
+    short = ("--trainer.max_steps", "2", "--trainer.save_steps", "9")
+    name = f"out/backend_{len(words)}_{backend}"
+    folder = train("debug/finetune", name, *LONG, *short, *words)
+    assert seen[0].model.get_decoder().config._attn_implementation == backend
+    first = [each["loss"] for each in steps(unbroken)[:2]]
+    assert [each["loss"] for each in steps(folder)] == pytest.approx(first, rel=1e-5)
+    # A LoRA folder has no configuration of a whole model.
+    for config in folder.glob("config.json"):
+        assert BY_SAMPLE not in config.read_text()
 
 
 # --- going on -------------------------------------------------------------------------------------

@@ -81,6 +81,17 @@ def attend_by_sample(
     return output.transpose(1, 2).contiguous(), None
 
 
+def prefer_by_sample(model: Any) -> None:
+    """Lets the language model attend sample by sample where it would use ``sdpa``.
+
+    Args:
+        model: a language model of transformers, or one with such a decoder.
+    """
+    config = model.get_decoder().config
+    if config._attn_implementation == "sdpa":
+        config._attn_implementation = BY_SAMPLE
+
+
 def _borders(
     query: torch.Tensor, cumulative: torch.Tensor | None, position_ids: torch.Tensor | None
 ) -> list[int]:

@@ -24,6 +24,7 @@ from llava_uhd.data.dataset import ConversationDataset
 from llava_uhd.data.packed import PackedSampler, PackedSamples
 from llava_uhd.data.sampler import ModalityLengthSampler, SeededSampler
 from llava_uhd.errors import UserError
+from llava_uhd.language.by_sample import prefer_by_sample
 from llava_uhd.train.compression import INPUT, ScheduledCompression
 from llava_uhd.train.counting import FACTS, facts_of
 from llava_uhd.train.guarded import GuardedTrainer
@@ -81,6 +82,9 @@ class StageTrainer(GuardedTrainer):
         self.lora = lora
         self.finishing = False
         self.sampler: SeededSampler | PackedSampler | None = None
+        packed = isinstance(kwargs.get("train_dataset"), PackedSamples)
+        if packed and recipe.model.attn_implementation is None:
+            prefer_by_sample(kwargs["model"])
         super().__init__(**kwargs)
         self.sharing = Sharing(self.model, self.args)
         self.meter = Meter(recipe, self.model, self.args.device)
