@@ -13,11 +13,18 @@ from fixtures_flash import PLAIN_FLASH
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from llava_uhd.config.model import CompressionConfig
 from llava_uhd.images.maps import Newline, whole_map
-from llava_uhd.language.compressed import decode_compressed
+from llava_uhd.language.compressed import attention_of, decode_compressed
 from llava_uhd.language.compression import build_map
 from llava_uhd.language.compressors import COMPRESSORS, num_kept
 from llava_uhd.language.runs import Run, place_runs
@@ -200,14 +207,19 @@ def test_a_batch_equals_its_rows(
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "eager", PLAIN_FLASH])
-@pytest.mark.parametrize("layer", [-1, 0, 2])
+@pytest.mark.parametrize(
+    ("method", "layer"), [("avgpool1d", -1), ("avgpool1d", 0), ("avgpool1d", 2), ("fastv", 2)]
+)
 @torch.no_grad()
-def test_packed_samples_equal_single_ones(layer: int, backend: str) -> None:
-    """Also where a sample begins with visual tokens: no new position of it is 0."""
+def test_packed_samples_equal_single_ones(method: str, layer: int, backend: str) -> None:
+    """Also where a sample begins with visual tokens: no new position of it is 0.
+
+    "fastv" follows the last token of each sample, not that of the row.
+    """
     torch.manual_seed(1)
     decoder = LlamaForCausalLM(LlamaConfig(**SHAPE)).eval().model
     decoder.config._attn_implementation = backend
-    config = CompressionConfig("avgpool1d", layer, 4)
+    config = CompressionConfig(method, layer, 4)
     rows = rows_of(SHAPE["hidden_size"])
     embeds = torch.cat([states for states, _, _ in rows])[None]
     visual = torch.cat([flags for _, flags, _ in rows])[None]
@@ -254,3 +266,50 @@ def test_runs_that_do_not_fill_their_places() -> None:
         place_runs(visual, [Run(3)])
     with pytest.raises(ValueError, match="more runs"):
         place_runs(visual, [Run(2), Run(1), Run(1)])
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+@torch.no_grad()
+def test_followed_attention_is_the_layers_own(kind: str) -> None:
+    """One row of the map that the library's attention computes, mean over the heads."""
+    torch.manual_seed(1)
+    shape, make = {**DECODERS, "qwen3": (Qwen3Config, Qwen3ForCausalLM)}[kind]
+    decoder = make(shape(**SHAPE, head_dim=8, attn_implementation="eager")).eval().model
+    for name, parameter in decoder.named_parameters():
+        if name.endswith(("bias", "q_norm.weight", "k_norm.weight")):
+            parameter.normal_()
+    embeds, mask = torch.randn(2, 9, int(SHAPE["hidden_size"])), torch.ones(2, 9, dtype=torch.long)
+    mask[0, :3] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    output = decoder(
+        inputs_embeds=embeds,
+        attention_mask=mask,
+        position_ids=positions,
+        output_attentions=True,
+        output_hidden_states=True,
+    )
+    rows, at = torch.tensor([0, 1, 1]), torch.tensor([8, 8, 5])
+    found = attention_of(
+        decoder, decoder.layers[1], output.hidden_states[1], positions, mask.bool()[rows], rows, at
+    )
+    expected = output.attentions[1][rows, :, at].mean(1)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+    assert float(expected.std()) > 0.01
+
+
+def test_draws_are_new_in_training_and_repeat_otherwise() -> None:
+    visual = torch.ones(1, 64, dtype=torch.bool)
+    config, runs = CompressionConfig("random_drop", 1, 4), place_runs(visual, [Run(32), Run(32)])
+
+    def drawn(training: bool) -> list[bool]:
+        kept = build_map(config, runs, visual, training=training).new_index[0] >= 0
+        return kept.tolist()
+
+    torch.manual_seed(0)
+    first, second = drawn(True), drawn(True)
+    assert first != second and sum(first[:32]) == sum(first[32:]) == 8
+    assert first[:32] != first[32:], "each run has its own"
+    torch.manual_seed(0)
+    assert drawn(True) == first
+    once = drawn(False)
+    assert drawn(False) == once and once[:32] != once[32:]

@@ -108,6 +108,12 @@ def test_what_nothing_can_mend_is_told_before_a_model_is_loaded() -> None:
         read(options(method="avgpool2d", layer=1, stride=8))
 
 
+@pytest.mark.parametrize("method", ["avgpool1d", "avgpool2d", "random_drop", "fastv"])
+def test_an_enormous_stride_is_checked_at_no_cost(method: str) -> None:
+    given = read(options(method=method, layer=1, stride=10**12))
+    assert lay_over(CompressionConfig(), given).stride == 10**12
+
+
 def test_names() -> None:
     def names(*values: Any) -> tuple[str, str]:
         settings = active_settings(CompressionConfig(*values), 32)

@@ -57,8 +57,8 @@ def check_method(config: CompressionConfig) -> None:
     compressor = COMPRESSORS.get(config.method)
     if compressor.needs_scores and config.layer < 1:
         raise UserError(NEEDS_A_LAYER.format(config.method))
-    size = config.stride
-    compressor.groups(Run(size, size), config.stride, True, torch.zeros(size))
+    # Any run tells whether a rule takes the stride; a small one also where that is enormous.
+    compressor.groups(Run(4, 2), config.stride, True, torch.zeros(4))
 
 
 def decode_compressed(
@@ -179,19 +179,13 @@ def _between(
     """Shortens the states before layer ``config.layer``."""
     check_decoder(decoder)
     lower, upper = decoder.layers[: config.layer], decoder.layers[config.layer :]
-    scores = None
-    if COMPRESSORS.get(config.method).needs_scores:
-        if not len(lower):
-            raise UserError(NEEDS_A_LAYER.format(config.method))
-        # Of a step behind the cache only the numbers of kept tokens matter, not which ones.
-        scores = torch.zeros(given.valid.shape)
+    scored = COMPRESSORS.get(config.method).needs_scores
+    if scored and not len(lower):
+        raise UserError(NEEDS_A_LAYER.format(config.method))
     positions, cache = given.position_ids, given.cache
     masks = library_masks(decoder, given.hidden, given.mask, positions, cache)
     hidden = run_layers(decoder, lower[:-1], given.hidden, masks, positions, cache, **options)
-    if scores is not None and given.whole:
-        at = _ends(given.valid)
-        at = at if scored_at is None else torch.full_like(at, scored_at)
-        scores = attention_of(decoder, lower[-1], hidden, positions, given.valid, at)
+    scores = _scores(decoder, lower[-1], hidden, given, scored_at) if scored else None
     hidden = run_layers(decoder, lower[-1:], hidden, masks, positions, cache, **options)
     table, samples = build_map(config, runs, given.valid, scores, bool(decoder.training)), None
     if given.whole:
@@ -213,9 +207,30 @@ def _starts(samples: torch.Tensor) -> torch.Tensor:
     return (places * begins).cummax(1).values
 
 
-def _ends(valid: torch.Tensor) -> torch.Tensor:
-    """int64 (B,): the last position of each row that holds a token."""
-    return (valid * torch.arange(1, valid.shape[1] + 1, device=valid.device)).argmax(1)
+def _scores(
+    decoder: Any, layer: Any, hidden: torch.Tensor, given: _Given, scored_at: int | None
+) -> torch.Tensor | None:
+    """(B, T) attention that the tokens before it get from the last one of their sample.
+
+    None behind a cache, where it does not matter any more.
+    """
+    if not given.whole:
+        return None
+    valid, samples = given.valid, given.samples
+    rows = torch.arange(len(valid), device=valid.device)
+    if scored_at is not None:
+        at = torch.full_like(rows, scored_at)
+    elif samples is None:
+        at = (valid * torch.arange(1, valid.shape[1] + 1, device=valid.device)).argmax(1)
+    else:
+        ends = torch.ones_like(valid)
+        ends[:, :-1] = samples[:, 1:] != samples[:, :-1]
+        rows, at = ends.nonzero(as_tuple=True)
+    seen = valid[rows]
+    if samples is not None:
+        seen = seen & (samples[rows] == samples[rows, at][:, None])
+    found = attention_of(decoder, layer, hidden, given.position_ids, seen, rows, at)
+    return found.new_zeros(valid.shape).index_add_(0, rows, found)
 
 
 def _counted(valid: torch.Tensor, last: int) -> torch.Tensor:
@@ -255,41 +270,44 @@ def attention_of(
     layer: Any,
     hidden: torch.Tensor,
     position_ids: torch.Tensor,
-    valid: torch.Tensor,
+    seen: torch.Tensor,
+    rows: torch.Tensor,
     at: torch.Tensor,
 ) -> torch.Tensor:
-    """Attention of one position in each row to the others, averaged over heads.
+    """Attention of single positions to the others of their rows, averaged over heads.
 
-    Only that row of the attention map is computed.
+    Only those rows of the attention map are computed.
 
     Args:
         decoder: of the layer.
         layer: whose queries and keys are used.
         hidden: (B, T, D) before the layer.
         position_ids: (B, T).
-        valid: bool (B, T): positions that hold a token.
-        at: int64 (B,), the position.
+        seen: bool (N, T): what each of them may attend to, as far as it stands before it.
+        rows: int64 (N,), of the batch, in order.
+        at: int64 (N,), the position.
 
     Returns:
-        float32 (B, T), zero at padding and behind ``at``.
+        float32 (N, T), zero where nothing is seen and behind ``at``.
     """
-    rows = torch.arange(len(at), device=at.device)
     attention = layer.self_attn
     states = layer.input_layernorm(hidden)
-    shape = (*states.shape[:2], -1, attention.head_dim)
-    query = attention.q_proj(states[rows, at]).view(shape[0], 1, -1, attention.head_dim)
-    key = attention.k_proj(states).view(shape)
+    query = attention.q_proj(states[rows, at]).unflatten(-1, (-1, attention.head_dim))  # (N, H, d)
+    key = attention.k_proj(states).unflatten(-1, (-1, attention.head_dim))  # (B, T, K, d)
     if hasattr(attention, "q_norm"):
         query, key = attention.q_norm(query), attention.k_norm(key)
     cos, sin = decoder.rotary_emb(hidden, position_ids=position_ids)
-    query, key = query.transpose(1, 2), key.transpose(1, 2)  # (B, H, 1 | T, d)
-    query = _rotated(query, cos[rows, at][:, None, None], sin[rows, at][:, None, None])
-    key = _rotated(key, cos[:, None], sin[:, None])
-    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-    scores = (query.float() @ key.float().transpose(2, 3)) * attention.scaling  # (B, H, 1, T)
-    seen = valid & (torch.arange(valid.shape[1], device=at.device)[None] <= at[:, None])
-    scores = scores.masked_fill(~seen[:, None, None], -torch.inf)
-    return scores.softmax(-1).mean(1)[:, 0]
+    query = _rotated(query, cos[rows, at][:, None], sin[rows, at][:, None])
+    key = _rotated(key, cos[:, :, None], sin[:, :, None])
+    query = query.unflatten(1, (key.shape[2], -1)) * attention.scaling  # (N, K, H / K, d)
+    found = [
+        torch.einsum("nkgd,tkd->nkgt", query[rows == row].float(), keys.float()).flatten(1, 2)
+        for row, keys in enumerate(key)
+    ]
+    places = torch.arange(seen.shape[1], device=at.device)
+    seen = seen & (places[None] <= at[:, None])
+    scores = torch.cat(found).masked_fill(~seen[:, None], -torch.inf)  # (N, H, T)
+    return scores.softmax(-1).mean(1)
 
 
 def _rotated(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

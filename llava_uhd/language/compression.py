@@ -7,6 +7,7 @@ any make-up, any number of runs and both sides of padding follow from it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,47 +128,88 @@ def build_map(
         config: method, stride and remainder.
         runs: int64 (B, R, 3), from `place_runs`.
         valid: bool (B, T): positions that hold a token.
-        scores: (B, T) attention of one token in each row, for methods that need it.
+        scores: (B, T) attention of one token in each row, for methods that need it. None: only the
+            numbers of kept tokens are right, as a step behind a cache needs them.
         training: methods that draw do so anew; else the draw of a run depends on nothing but its
             number in the row, so that answers can be repeated.
 
     Returns:
         Padding is moved to the side where it was.
     """
+    held, runs = valid.cpu(), runs.cpu().long()
+    row, number = runs[..., 1].nonzero(as_tuple=True)  # (N,) each, in reading order
+    start, sizes, columns = runs[row, number].unbind(-1)
+    first = row * held.shape[1] + start
+    inside = torch.arange(int(sizes.sum())) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
+    places = first.repeat_interleave(sizes) + inside
+    lengths = sizes.tolist()
+    groups, counts = _groups(
+        config,
+        [Run(*each) for each in zip(lengths, columns.tolist(), strict=True)],
+        number.tolist(),
+        None if scores is None else scores.flatten()[places.to(scores.device)].split(lengths),
+        training,
+    )
+    # Text takes one new place; the first token of a run takes those of all of it.
+    taken = held.long().flatten()
+    taken[places] = 0
+    taken[first] = counts
+    taken = taken.view_as(held)
+    before = taken.cumsum(1) - taken
+    table = torch.where(held, before, -1).flatten()
+    base = before.flatten()[first].repeat_interleave(sizes)
+    table[places] = torch.where(groups >= 0, groups + base, -1)
+    visual = torch.zeros(held.numel(), dtype=torch.bool)
+    visual[places] = ((sizes > 1) & (config.stride > 1)).repeat_interleave(sizes)
+    return _aligned(table.view_as(held), visual.view_as(held), taken.sum(1), held, valid.device)
+
+
+def _groups(
+    config: CompressionConfig,
+    runs: list[Run],
+    numbers: list[int],
+    scores: Sequence[torch.Tensor] | None,
+    training: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Groups of all tokens of runs, one after another, and how many each run has: (S,), (N,)."""
     compressor, keep = COMPRESSORS.get(config.method), config.remainder == "keep"
-    device = valid.device
-    valid_rows, length = valid.cpu(), valid.shape[1]
-    table = torch.full(valid.shape, -1, dtype=torch.long)
-    visual = torch.zeros(valid.shape, dtype=torch.bool)
-    totals = []
-    for row, places in enumerate(runs.tolist()):
-        kept, count, at = table[row], 0, 0
-        for number, (start, size, columns) in enumerate((*places, (length, 0, 0))):
-            if size == 0 and start != length:
-                continue
-            text = valid_rows[row, at:start]
-            kept[at:start][text] = torch.arange(count, count + int(text.sum()))
-            count += int(text.sum())
-            if size:
-                own = None if scores is None else scores[row, start : start + size]
-                if compressor.draws:
-                    own = _drawn(size, None if training else number)
-                if size < config.stride and keep is False and size == 1:
-                    groups = torch.zeros(1, dtype=torch.long)  # a newline
-                else:
-                    groups = compressor.groups(Run(size, columns), config.stride, keep, own)
-                shortened = bool(size > 1 and config.stride > 1)
-                kept[start : start + size] = torch.where(groups >= 0, groups + count, -1)
-                visual[row, start : start + size] = shortened
-                count += int(groups.max()) + 1
-            at = start + size
-        totals.append(count)
-    longest = max(totals)
-    at_left = bool((~valid_rows[:, 0]).any())
+    known: dict[Any, tuple[torch.Tensor, int]] = {}
+    found = []
+    for index, run in enumerate(runs):
+        own = None
+        # Runs alike are cut alike; there may be hundreds of them, in every step of a generation.
+        key: Any = run
+        if compressor.draws:
+            key = (run, index if training else numbers[index])
+            own = _drawn(run.length, None if training else numbers[index])
+        elif compressor.needs_scores and scores is not None:
+            key, own = index, scores[index]
+        elif compressor.needs_scores:
+            own = torch.zeros(run.length)
+        if key not in known:
+            # A single token is a newline, or all that a view has.
+            alone = torch.zeros(1, dtype=torch.long)
+            made = alone if run.length == 1 else compressor.groups(run, config.stride, keep, own)
+            known[key] = made, int(made.max()) + 1
+        found.append(known[key])
+    if not found:
+        return torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.long)
+    return torch.cat([groups for groups, _ in found]), torch.tensor([count for _, count in found])
+
+
+def _aligned(
+    table: torch.Tensor,
+    visual: torch.Tensor,
+    totals: torch.Tensor,
+    held: torch.Tensor,
+    device: torch.device,
+) -> IndexMap:
+    """Rows of different lengths (B,) side by side, with padding where it was."""
+    longest = int(totals.max())
+    at_left = bool((~held[:, 0]).any())
+    places, sizes = torch.arange(longest)[None], totals[:, None]
+    mask = places < sizes
     if at_left:
-        shift = torch.tensor([longest - total for total in totals])[:, None]
-        table = torch.where(table >= 0, table + shift, -1)
-    places_ = torch.arange(longest)[None]
-    sizes = torch.tensor(totals)[:, None]
-    mask = places_ >= longest - sizes if at_left else places_ < sizes
+        table = torch.where(table >= 0, table + longest - sizes, -1)
+        mask = places >= longest - sizes
     return IndexMap(table.to(device), visual.to(device), mask.to(device))
