@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from fixtures_runs import FROM_NOTHING, Train, break_at
+from fixtures_runs import FROM_NOTHING, Train, break_at, start
 from fixtures_tiny import picture, tiny_parts
 
 from llava_uhd.checkpoint import manifest
@@ -18,6 +21,7 @@ from llava_uhd.checkpoint.manifest import code_version, library_versions, read_m
 from llava_uhd.config.compression import CompressionConfig
 from llava_uhd.config.training import StageConfig
 from llava_uhd.data.collator import Collator
+from llava_uhd.errors import UserError
 from llava_uhd.language.runs import Run
 from llava_uhd.train import record_tensorboard
 from llava_uhd.train.counting import FACTS, Counting, Facts, facts_of
@@ -290,3 +294,42 @@ def test_without_tensorboard_one_line(
     assert record_tensorboard.tensorboard(tmp_path) == []
     told = capsys.readouterr().out.strip().splitlines()
     assert len(told) == 1 and "not installed" in told[0]
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_other_logs_by_recipe(train: Train, workplace: Path, name: str) -> None:
+    """Asked for and not installed: told before the first step."""
+    if importlib.util.find_spec(name) is not None:
+        pytest.skip(f"{name} is installed")
+    with pytest.raises(UserError, match=name) as told:
+        train("debug/pretrain", f"out/{name}", "--trainer.report_to", name)
+    assert "\n" not in str(told.value)
+
+
+# --- two processes --------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_two_processes_add_up(tmp_path: Path) -> None:
+    """With ZeRO-2, whose optimizer steps inside the backward call."""
+    pytest.importorskip("deepspeed")
+    words = (*FROM_NOTHING, "--deepspeed", "zero2", "--trainer.max_steps", "2")
+    launcher = ("-m", "llava_uhd.launch", "--standalone", "--nproc_per_node", "2")
+    process = start(tmp_path, "debug/finetune", *words, launcher=launcher)
+    try:
+        _, errors = process.communicate(timeout=300)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, errors[-3000:]
+    folder = tmp_path / "checkpoints/debug/finetune"
+    (begun,) = read_record(folder)["starts"]
+    assert begun["devices"] == 2 and [rank["rank"] for rank in begun["ranks"]] == [0, 1]
+    assert begun["deepspeed"] == "zero2" and begun["launcher"]["WORLD_SIZE"] == "2"
+    for entry in read_log(folder)[:2]:
+        # Counts of both processes in the mean of their seconds; operations of one of them.
+        samples = entry["samples_per_second"] * entry["step_seconds"]
+        assert samples == pytest.approx(4, rel=0.02), "the global batch"
+        assert entry[f"{TIME}optimizer"] > 0
+        parts = [entry[f"{TIME}{part}"] for part in PARTS]
+        assert entry["step_seconds"] == pytest.approx(sum(parts), abs=1e-4)

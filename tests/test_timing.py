@@ -78,6 +78,43 @@ def test_only_reading_waits_for_the_device() -> None:
     assert clock.waited
 
 
+class FakeEvent:
+    """What `EventClock` uses of an event of CUDA: milliseconds, known some time later."""
+
+    clock = 0.0
+    done = 0.0
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+        self.at: float | None = None
+
+    def record(self) -> None:
+        self.at = FakeEvent.clock
+
+    def query(self) -> bool:
+        return self.at is not None and self.at <= FakeEvent.done
+
+    def synchronize(self) -> None:
+        FakeEvent.done = max(FakeEvent.done, float(self.at or 0))
+
+    def elapsed_time(self, other: FakeEvent) -> float:
+        assert self.query() and other.query(), "both must have happened"
+        return 1e3 * (float(other.at or 0) - float(self.at or 0))
+
+
+def test_events_are_read_when_they_have_happened(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    timeline = Timeline(clock_of(torch.device("cuda")))
+    timeline.enter(DATA)
+    FakeEvent.clock = 2.0
+    timeline.enter(OPTIMIZER)
+    FakeEvent.clock, FakeEvent.done = 2.5, 1.0
+    timeline.settle()
+    assert FakeEvent.done == 1.0, "nothing waited"
+    found = timeline.take()
+    assert (found[DATA], found[OPTIMIZER]) == (2.0, 0.5) and FakeEvent.done == 2.5
+
+
 def test_names() -> None:
     assert set(MEANINGS) == set(PARTS)
     assert set(FORWARD) | set(BACKWARD) | {DATA, OPTIMIZER, OTHER} == set(PARTS)

@@ -7,6 +7,7 @@ import logging
 import statistics
 import tempfile
 import time
+import warnings
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -147,7 +148,10 @@ def measure(task: TrainTask) -> dict[str, Any]:
     Raises:
         UserError: a recipe that cannot be measured, or whose model does not fit.
     """
+    # Tables are on the screen, not what libraries say of few processors or of no GPU.
     logging.basicConfig(level=logging.ERROR)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore", UserWarning)
     if task.threads is not None:
         torch.set_num_threads(task.threads)
     with tempfile.TemporaryDirectory(prefix="llava_uhd_bench_") as name:
