@@ -75,6 +75,8 @@ def write_video(
         stream.width, stream.height = size
         stream.pix_fmt = pix_fmt
         stream.options = options or {}
+        # Threads of an encoder that is collected in a forked process would be waited for for ever.
+        stream.codec_context.thread_count = 1
         if milliseconds is not None:
             stream.codec_context.time_base = Fraction(1, 1000)
         for index in range(frames):

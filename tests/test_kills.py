@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import random
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -25,8 +28,9 @@ from fixtures_runs import FROM_NOTHING, assert_same_run, start, steps, weights
 from safetensors.torch import load_file
 
 from llava_uhd.checkpoint.manifest import MANIFEST_FILE, read_manifest
-from llava_uhd.errors import STOPPED_STATUS
-from llava_uhd.train.saving import UNFINISHED, checkpoints
+from llava_uhd.errors import STOPPED_STATUS, USER_ERROR_STATUS, UserError
+from llava_uhd.train.elastic import facts_of, fitting
+from llava_uhd.train.saving import UNFINISHED, checkpoints, seal
 
 RECIPE = "debug/finetune"
 LONG = (
@@ -161,42 +165,92 @@ def test_kills_in_other_stages(runs: Runs, kind: str) -> None:  # noqa: F811
 
 # --- several processes ----------------------------------------------------------------------------
 
-TWO = (RECIPE, *FROM_NOTHING, "--trainer.max_steps", "12", "--trainer.save_steps", "3",
-       "--trainer.per_device_train_batch_size", "1")  # fmt: skip
+TWO = (
+    RECIPE, *FROM_NOTHING, "--trainer.max_steps", "12", "--trainer.save_steps", "3",
+    "--trainer.per_device_train_batch_size", "1",
+    # Groups of parameters that differ in all that they can differ in.
+    "--stage.learn.projector", "1e-4", "--trainer.weight_decay", "0.1",
+)  # fmt: skip
+ZERO = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="needs the extra 'deepspeed'"
+)
 
 
 @pytest.mark.slow
-def test_two_processes(runs: Runs) -> None:  # noqa: F811
-    """One is killed; one is told to stop; a single one goes on: the losses stay the same."""
-    whole, broken = runs.workplace / "out/two", runs.workplace / "out/two_broken"
-    assert [finished(each) for each in runs.begin_ranks(2, "out/two", *TWO)] == [0, 0]
+@pytest.mark.parametrize(
+    "engine", ["null", pytest.param("zero2", marks=ZERO), pytest.param("zero3", marks=ZERO)]
+)
+def test_several_processes(runs: Runs, engine: str) -> None:  # noqa: F811
+    """One is killed; one is told to stop; another number of them goes on: the losses stay."""
+    words = (*TWO, "--deepspeed", engine)
+    outputs = [f"out/{engine}", f"out/{engine}_broken"]
+    whole, broken = (runs.workplace / output for output in outputs)
+    assert [finished(each) for each in runs.begin_ranks(2, outputs[0], *words)] == [0, 0]
     assert len(steps(whole)) == 12
     # SIGKILL to one: the other ends by itself.
-    ranks = runs.begin_ranks(2, "out/two_broken", *TWO)
+    ranks = runs.begin_ranks(2, outputs[1], *words)
     wait_for(lambda: len(steps(broken)) >= 4, ranks[0])
     os.kill(ranks[1].pid or 0, signal.SIGKILL)
     assert finished(ranks[1]) == -signal.SIGKILL
     assert finished(ranks[0], 60) not in (0, -signal.SIGKILL)
+    assert len(checkpoints(broken)) >= 1
     assert_only_whole(broken)
-    before = len(checkpoints(broken))
-    assert before >= 1
     # SIGTERM to one: both save and leave.
-    ranks = runs.begin_ranks(2, "out/two_broken", *TWO)
+    ranks = runs.begin_ranks(2, outputs[1], *words)
     wait_for(lambda: len(steps(broken)) >= 7, ranks[0])
     os.kill(ranks[1].pid or 0, signal.SIGTERM)
-    assert [finished(each) for each in ranks] == [STOPPED_STATUS] * 2, runs.said("out/two_broken")
+    assert [finished(each) for each in ranks] == [STOPPED_STATUS] * 2, runs.said(outputs[1])
     done, path = checkpoints(broken)[-1]
     assert json.loads((path / "complete.json").read_text())["ranks"] == 2
     assert 7 <= done < 12
     assert [e["loss"] for e in steps(broken)] == [e["loss"] for e in steps(whole)[:done]]
-    # One process takes over: the global batch, its order and its losses are the same.
-    assert runs.run("out/two_broken", *TWO) == 0, runs.said("out/two_broken")
+    # Others take over: the global batch, its order, its losses and the rates are the same.
+    if engine == "null":
+        assert runs.run(outputs[1], *words) == 0, runs.said(outputs[1])
+    else:
+        assert runs.run(outputs[1], *words) == USER_ERROR_STATUS
+        assert "was written with DeepSpeed on 2 processes" in runs.said(outputs[1])
+        ranks = runs.begin_ranks(4, outputs[1], *words)
+        assert [finished(each) for each in ranks] == [0] * 4, runs.said(outputs[1])
+    assert not (broken / UNFINISHED).exists()
     for ours, theirs in zip(steps(broken), steps(whole), strict=True):
-        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-6)
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=2e-6)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
+        assert ours["learning_rate"] == theirs["learning_rate"]
     after, expected = weights(broken), weights(whole)
     largest = max(float((after[name] - expected[name]).abs().max()) for name in expected)
     assert largest < 1e-5, largest
+
+
+class Stub:
+    """A trainer as far as going on looks at it."""
+
+    is_deepspeed_enabled = is_fsdp_enabled = False
+
+    def __init__(self, **args: int) -> None:
+        self.args = SimpleNamespace(**args)
+
+
+def test_other_engines_and_batches_are_refused(tmp_path: Path) -> None:
+    def trainer(ranks: int, batch: int = 2, accumulated: int = 1) -> Any:
+        return Stub(
+            world_size=ranks,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulated,
+        )
+
+    folder = tmp_path / "checkpoint-3"
+    folder.mkdir()
+    seal(folder, step=3, **facts_of(trainer(4)))
+    assert fitting(trainer(4), folder) == fitting(trainer(1, 4, 2), folder) == folder
+    with pytest.raises(UserError, match=r"global batch of 8, this run has 4: start it on 4 proc"):
+        fitting(trainer(2), folder)
+    sharded = trainer(4)
+    sharded.is_fsdp_enabled = True
+    with pytest.raises(
+        UserError, match=r"written without .* on 4 processes, this run is with FSDP"
+    ):
+        fitting(sharded, folder)
 
 
 @pytest.mark.slow

@@ -95,7 +95,7 @@ def test_a_checkpoint_keeps_its_shapes(
 
 
 def test_unknown_compression() -> None:
-    with pytest.raises(UserError, match=r"compression\.method 'pool'"):
+    with pytest.raises(UserError, match="unknown compressor 'pool'"):
         assemble(ModelSection(checkpoint="x"), CompressionConfig("pool"), torch.float32)
 
 

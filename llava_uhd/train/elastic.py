@@ -85,6 +85,31 @@ def _universal(trainer: Trainer, checkpoint: Path) -> Path:
     return target
 
 
+def settings_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """What the groups of an optimizer are set to, without their parameters."""
+    return [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+
+
+def mend(optimizer: Any, settings: list[dict[str, Any]], rates: list[float]) -> None:
+    """Repairs what DeepSpeed's ZeRO-3 reads from its universal form (0.19).
+
+    It sets all groups of parameters to what the first one was set to, and lets all parameters share
+    one counter of steps, which each of them then raises.
+
+    Args:
+        optimizer: the one that takes the steps, after loading.
+        settings: of its groups, as the recipe has them.
+        rates: of its groups, for the next step.
+    """
+    groups = zip(optimizer.param_groups, settings, rates, strict=True)
+    for group, own, rate in groups:
+        group.update(own)
+        group["lr"] = rate
+    for state in optimizer.state.values():
+        if torch.is_tensor(state.get("step")):
+            state["step"] = state["step"].clone()
+
+
 def link_files(source: Path, target: Path) -> None:
     """Gives the files of a folder second names in another one."""
     for path in source.rglob("*"):

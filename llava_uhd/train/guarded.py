@@ -21,7 +21,7 @@ from transformers import Trainer
 
 from llava_uhd.errors import STOPPED_STATUS, UserError
 from llava_uhd.train.diagnostics import write_bundle
-from llava_uhd.train.elastic import facts_of, fitting
+from llava_uhd.train.elastic import facts_of, fitting, mend, settings_of
 from llava_uhd.train.saving import (
     SEAL_FILE,
     UNFINISHED,
@@ -113,6 +113,7 @@ class GuardedTrainer(Trainer):
         self.signals = StopOnSignal()
         self.micro_batches = 0
         self.step_losses: list[torch.Tensor] = []
+        self.converted = False  # the checkpoint to go on from, for DeepSpeed
         self._aside = False
         self._overflows = 0
         super().__init__(**kwargs)
@@ -134,8 +135,23 @@ class GuardedTrainer(Trainer):
         """
         with self.signals, told_of_the_disk(Path(self.args.output_dir)):
             start = str(fitting(self, checkpoint)) if checkpoint else None
+            self.converted = start is not None and Path(start) != checkpoint
             self.train(resume_from_checkpoint=start)
         return not self.signals.stopped
+
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
+    ) -> Any:
+        if not self.converted:
+            return super()._prepare_for_training(
+                max_steps, train_dataloader, resume_from_checkpoint
+            )
+        settings = settings_of(self.create_optimizer())
+        prepared = super()._prepare_for_training(
+            max_steps, train_dataloader, resume_from_checkpoint
+        )
+        mend(self.deepspeed.optimizer.optimizer, settings, self.lr_scheduler.get_last_lr())
+        return prepared
 
     def get_train_dataloader(self) -> DataLoader:
         """The library's, with workers that leave signals to the run."""
