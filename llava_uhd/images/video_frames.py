@@ -98,6 +98,10 @@ class _Reader:
     def __init__(self, file: VideoFile) -> None:
         self.file = file
         self.name = f"video {file.path}"
+        # Frames stay behind as garbage, with the threads that converted them; collected in a forked
+        # worker they would wait for threads that it does not have. Older versions start none.
+        threads = "threads" in (file.av.VideoFrame.reformat.__doc__ or "")
+        self.options: dict[str, Any] = {"threads": 1} if threads else {}
         self.held = 0
 
     def read(self, indices: Sequence[int]) -> list[Image.Image]:
@@ -212,9 +216,9 @@ class _Reader:
         self.held += pixels
         check_pixels(self.held, self.name, 1)
         if any(part.is_alpha for part in frame.format.components):
-            image = to_rgb(Image.fromarray(frame.to_ndarray(format="rgba")))
+            image = to_rgb(Image.fromarray(frame.to_ndarray(format="rgba", **self.options)))
         else:
-            image = frame.to_image()
+            image = frame.to_image(**self.options)
         turn = _turn(frame)
         return image if turn is None else image.transpose(turn)
 
