@@ -185,3 +185,77 @@ def test_what_is_refused(parts: Parts) -> None:
         model(**inputs, output_hidden_states=True, compression=CompressionConfig("avgpool1d", 1, 2))
     with pytest.raises(UserError, match="unknown compressor 'average'"):
         model(**inputs, compression=CompressionConfig("average", 1, 2))
+
+
+# --- going on from a cache ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layer", [-1, 0, 2])
+def test_a_loop_of_ones_own(parts: Parts, layer: int) -> None:
+    """Padded rows step by step; a step that does not say how the cache was filled is refused."""
+    model, processor = parts
+    some = CompressionConfig("avgpool1d", layer, 4)
+    inputs = processor(text=TEXTS[:2], images=IMAGES[:2])
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    maps = inputs.get("token_maps")
+    runs = model.get_visual_runs(ids, inputs["view_grids"], maps)
+    expected = model.generate(**inputs, compression=some, max_new_tokens=4, do_sample=False)
+    with torch.no_grad():
+        output = model(**inputs, compression=some, use_cache=True)
+        for _ in range(4):
+            new = output.logits[:, -1:].argmax(-1)
+            ids, mask = torch.cat([ids, new], 1), torch.cat([mask, torch.ones_like(new)], 1)
+            step = {"attention_mask": mask, "past_key_values": output.past_key_values}
+            for wrong in (
+                {"compression": some},
+                {"visual_runs": runs, "compression": CompressionConfig()},
+                {"visual_runs": runs, "compression": CompressionConfig("avgpool1d", 1, 3)},
+            ):
+                with pytest.raises(ValueError, match="under another compression"):
+                    model(input_ids=new, use_cache=True, **step, **wrong)
+            output = model(
+                input_ids=new, use_cache=True, visual_runs=runs, compression=some, **step
+            )
+    assert torch.equal(ids, expected)
+
+
+def test_caches_that_cannot_be_gone_on_from(parts: Parts) -> None:
+    model, processor = parts
+    some = CompressionConfig("avgpool1d", 1, 4)
+    inputs = processor(text="<image>\nWhat?", images=[picture(96, 50)])
+    ids, maps = inputs["input_ids"], inputs.get("token_maps")
+    runs = model.get_visual_runs(ids, inputs["view_grids"], maps)
+    embeds = model.embed(ids, inputs["pixel_values"], inputs["view_grids"], token_maps=maps)
+    options: dict[str, Any] = {"compression": some, "use_cache": True}
+    with torch.no_grad():
+        plain = model(input_ids=ids[:, :1], use_cache=True).past_key_values
+        with pytest.raises(ValueError, match="under another compression"):
+            model(inputs_embeds=embeds[:, 1:], past_key_values=plain, visual_runs=runs, **options)
+        empty = runs[:, :0]
+        first = model(inputs_embeds=embeds[:, :1], visual_runs=empty, **options).past_key_values
+        with pytest.raises(ValueError, match="behind a cache cannot be shortened"):
+            model(
+                inputs_embeds=embeds[:, 1:],
+                attention_mask=inputs["attention_mask"],
+                past_key_values=first,
+                visual_runs=runs,
+                **options,
+            )
+    with pytest.raises(ValueError, match="a cache that grows"):
+        model.generate(**inputs, compression=some, max_new_tokens=2, cache_implementation="static")
+
+
+def test_embeddings_say_where_their_images_are(parts: Parts) -> None:
+    model, processor = parts
+    model.config.compression = CompressionConfig("avgpool1d", 1, 4)
+    inputs = processor(text="<image>\nWhat?", images=[picture(96, 50)])
+    ids, maps = inputs["input_ids"], inputs.get("token_maps")
+    embeds = model.embed(ids, inputs["pixel_values"], inputs["view_grids"], token_maps=maps)
+    runs = model.get_visual_runs(ids, inputs["view_grids"], maps)
+    options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
+    expected = model.generate(**inputs, **options)[:, ids.shape[1] :]
+    found = model.generate(inputs_embeds=embeds, visual_runs=runs, **options)
+    assert torch.equal(found, expected)
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match="inputs_embeds need visual_runs"):
+            call(inputs_embeds=embeds)

@@ -27,6 +27,10 @@ NEEDS_A_LAYER = (
 )
 
 
+# Attribute of a cache: what its tokens were shortened by.
+_MARK = "llava_uhd_compression"
+
+
 class Compressed(NamedTuple):
     """What `decode_compressed` gives.
 
@@ -61,6 +65,30 @@ def check_method(config: CompressionConfig) -> None:
     compressor.groups(Run(4, 2), config.stride, True, torch.zeros(4))
 
 
+def check_cache(cache: Any, config: CompressionConfig | None) -> None:
+    """Refuses to go on from a cache that holds other tokens than the call would.
+
+    Args:
+        cache: of earlier tokens, or None.
+        config: of the call; None: the call shortens nothing.
+
+    Raises:
+        ValueError: it was filled under another compression, or cannot hold layers of different
+            lengths.
+    """
+    if cache is None:
+        return
+    if config is not None and getattr(cache, "is_compileable", False):
+        raise ValueError(
+            "compression needs a cache that grows: leave cache_implementation 'static' out"
+        )
+    if cache.get_seq_length() > 0 and getattr(cache, _MARK, None) != config:
+        raise ValueError(
+            "the cache was filled under another compression: pass the compression and the "
+            "visual_runs of the whole sequence (get_visual_runs) in every call"
+        )
+
+
 def decode_compressed(
     decoder: Any,
     config: CompressionConfig,
@@ -73,7 +101,7 @@ def decode_compressed(
     scored_at: int | None = None,
     **kwargs: Any,
 ) -> Compressed:
-    """Runs all layers and the last norm; nothing is remembered but the cache.
+    """Runs all layers and the last norm; nothing is remembered but in the cache.
 
     Args:
         decoder: of a language model, without its head.
@@ -90,10 +118,19 @@ def decode_compressed(
 
     Raises:
         UserError: a decoder of another build, or a method that needs an earlier layer.
+        ValueError: a cache that this call cannot go on from.
     """
     if use_cache and cache is None:
         cache = DynamicCache(config=decoder.config)
+    check_cache(cache, config)
     given = _read(inputs_embeds, attention_mask, position_ids, cache)
+    cached = given.valid.shape[1] - inputs_embeds.shape[1]
+    if not given.whole and bool((runs[..., :2].sum(-1) > cached).any()):
+        raise ValueError(
+            "visual tokens behind a cache cannot be shortened: pass the whole sequence without it"
+        )
+    if cache is not None:
+        setattr(cache, _MARK, config)
     kwargs.pop("return_dict", None)
     options = {"use_cache": use_cache, **kwargs}
     if config.layer < 0:

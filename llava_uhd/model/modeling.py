@@ -17,7 +17,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from llava_uhd.config.model import CompressionConfig, LlavaUHDConfig
-from llava_uhd.language.compressed import decode_compressed, is_active
+from llava_uhd.language.compressed import check_cache, decode_compressed, is_active
 from llava_uhd.language.decoder import (
     cache_of,
     decode,
@@ -175,7 +175,7 @@ class LlavaUHDForConditionalGeneration(VisualTokens, PreTrainedModel, Generation
             view_grids: (V, 2) integer (rows, columns) of the views.
             token_maps: see `get_image_features`.
             image_features: (N, D) instead of ``pixel_values``.
-            visual_runs: see `get_visual_runs`; None under compression: found by ``view_grids``.
+            visual_runs: see `get_visual_runs`, of cached tokens too; None: found by ``view_grids``.
             compression: of this pass, instead of ``config.compression``.
             labels: (B, T), -100 where nothing is learned; not shifted.
             logits_to_keep: last positions with logits, 0: all. None: all, or none with labels.
@@ -192,8 +192,8 @@ class LlavaUHDForConditionalGeneration(VisualTokens, PreTrainedModel, Generation
         if input_ids is not None:
             images = (pixel_values, view_grids, image_features, token_maps)
             inputs_embeds = self.embed(input_ids, *images)
-            if pictured and visual_runs is None and self._compresses(compression):
-                visual_runs = self.get_visual_runs(input_ids, view_grids, token_maps)
+        if visual_runs is None and (pictured or input_ids is None):
+            visual_runs = self._found_runs(compression, input_ids, view_grids, token_maps)
         # A cache object would switch off the detection of packed samples.
         kwargs["use_cache"] = False if labels is not None else use_cache
         kwargs |= {"attention_mask": attention_mask, "position_ids": position_ids}
@@ -210,6 +210,23 @@ class LlavaUHDForConditionalGeneration(VisualTokens, PreTrainedModel, Generation
         options = self.config.compression if compression is None else compression
         return is_active(options, self.config.text_config.num_hidden_layers)
 
+    def _found_runs(
+        self,
+        compression: CompressionConfig | None,
+        input_ids: torch.Tensor | None,
+        view_grids: torch.Tensor | None,
+        token_maps: torch.Tensor | None,
+    ) -> torch.Tensor | None:
+        """Runs of a call that names none, if it needs them."""
+        if not self._compresses(compression):
+            return None
+        if input_ids is None:
+            raise ValueError(
+                "under compression inputs_embeds need visual_runs (get_visual_runs; without "
+                "images an empty (B, 0, 3))"
+            )
+        return self.get_visual_runs(input_ids, view_grids, token_maps)
+
     def _decode(
         self,
         inputs_embeds: torch.Tensor | None,
@@ -223,6 +240,7 @@ class LlavaUHDForConditionalGeneration(VisualTokens, PreTrainedModel, Generation
             # Texts alone: the same path as on other processes, whose batches have images.
             runs = torch.zeros(len(inputs_embeds), 0, 3, dtype=torch.long)
         if runs is None or inputs_embeds is None or not self._compresses(compression):
+            check_cache(kwargs.get("cache"), None)
             return decode(self.language_model, inputs_embeds=inputs_embeds, **kwargs), labels
         for name in ("output_hidden_states", "output_attentions"):
             if kwargs.pop(name, None):
