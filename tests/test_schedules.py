@@ -87,6 +87,8 @@ def test_shares_and_counts() -> None:
     ("text", "reason"),
     [
         ("four_stag", "'four_stag' is no stage; did you mean 'four_stage'?"),
+        ("4stage", "'4stage' is no stage; did you mean 'four_stage'?"),
+        ("light-compression", "did you mean 'light'?"),
         ("2-8 off", "'2-8' is no stage"),
         ("2/8 of", "'of' is no stage; did you mean 'off'?"),
         ("2/8, off", "'2/8,' is no stage"),

@@ -48,6 +48,15 @@ for _name, _text in {
     SCHEDULES.add(_name, _text)
 
 
+# Schemes as the published scripts call them.
+_SCHEMES = {
+    "4stage": "four_stage",
+    "heavy_compression": "heavy",
+    "light_compression": "light",
+    "reproduce": "off",
+}
+
+
 @dataclass(frozen=True)
 class Stage:
     """How tokens become fewer for a while.
@@ -178,6 +187,8 @@ def parse_schedule(text: str) -> Schedule:
         match = WORD.fullmatch(word)
         if match is None:
             hint = nearest_hint(word, [*SCHEDULES.names(), "off"])
+            if (scheme := _SCHEMES.get(word.replace("-", "_"))) is not None:
+                hint = f"; did you mean '{scheme}'?"
             raise _wrong(text, f"'{word}' is no stage{hint}")
         layer, stride, pivot, share = match.group("layer", "stride", "pivot", "share")
         stage = Stage() if layer is None else Stage(int(layer), int(stride))
