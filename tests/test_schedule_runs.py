@@ -258,6 +258,32 @@ def test_settings_without_effect_are_told(
     assert "of which a single one remains" in printed
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("layer 1 stride 4", "compression: after layer 1, stride 4 (avgpool1d)"),
+        ("stride 4", "compression: before the language model, stride 4 (avgpool1d)"),
+        ("layer 1", "nothing is compressed: compression.stride is 1"),
+        ("method fastv", "nothing is compressed: compression.stride is 1"),
+    ],
+)
+def test_a_compression_that_never_changes_is_told(
+    train: Train, capsys: pytest.CaptureFixture[str], words: str, told: str
+) -> None:
+    names, values = words.split()[::2], words.split()[1::2]
+    options = [w for n, v in zip(names, values, strict=True) for w in (f"--compression.{n}", v)]
+    folder = f"out/never_changes_{'_'.join(words.split())}"
+    train("debug/pretrain", folder, "--trainer.max_steps", "1", *options)
+    assert told in capsys.readouterr().out
+
+
+def test_nothing_is_said_without_compression(
+    train: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train("debug/pretrain", "out/silent", "--trainer.max_steps", "1")
+    assert "compress" not in capsys.readouterr().out
+
+
 def test_warnings_say_nothing_of_usual_settings(train: Train) -> None:
     folder = train("debug/pretrain", "out/usual", "--trainer.max_steps", "1")
     config = load_pretrained(folder)[0].config

@@ -215,7 +215,7 @@ def logged(stage: Stage) -> dict[str, int]:
 def announce_compression(
     compression: CompressionConfig, model: LlavaUHDForConditionalGeneration, length: RunLength
 ) -> None:
-    """Prints the stages of a run, and tells what in them has no effect.
+    """Prints how a run compresses, and tells what of its settings has no effect.
 
     Args:
         compression: section of the recipe.
@@ -225,11 +225,16 @@ def announce_compression(
     Raises:
         UserError: see `check_stages`.
     """
-    if compression.method == "none":
-        return
+    stage = Stage(compression.layer, compression.stride)
     layers = model.config.text_config.num_hidden_layers
-    stages = [Stage(compression.layer, compression.stride)]
-    if compression.schedule is not None:
+    if stage.stride == 1 and compression.schedule is None:
+        if compression.method != "none" or stage.layer >= 0:
+            say("nothing is compressed: compression.stride is 1, from 2 on it merges tokens")
+        return
+    stages = [stage]
+    if compression.schedule is None:
+        say(f"compression: {stage.described} ({compression.method})")
+    else:
         schedule = resolve_schedule(compression.schedule, layers)
         stages = list(schedule.stages)
         say(f"compression schedule {compression.schedule} ({compression.method}):")
