@@ -16,12 +16,13 @@ from test_mixed_visuals import MODELS, PROMPTS, Parts, film
 from torch import nn
 
 from llava_uhd.config.model import CompressionConfig
-from llava_uhd.data.collator import Collator, batch_size
+from llava_uhd.data.collator import Collator
 from llava_uhd.data.dataset import BrokenSample
 from llava_uhd.language.by_sample import BY_SAMPLE
 from llava_uhd.model.modeling import LlavaUHDForConditionalGeneration
 from llava_uhd.text.encoding import IGNORE_INDEX
 from llava_uhd.text.templates import Turn
+from llava_uhd.train.counting import facts_of
 
 BOUND = 1e-5
 KINDS: dict[str, dict[str, Any]] = {
@@ -189,9 +190,10 @@ def test_the_row_tells_where_samples_begin() -> None:
     assert torch.equal(batch["input_ids"][0], torch.cat([each["input_ids"] for each in kept]))
     for key in ("pixel_values", "view_grids", "token_maps"):
         assert torch.equal(batch[key], torch.cat([each[key] for each in kept if key in each]))
-    assert batch_size(batch) == (3, sum(lengths))
     padded = Collator(7)(kept)
-    assert batch_size(padded) == (3, sum(lengths))
+    config = build("onevision")[0].config
+    for each in (batch, padded):
+        assert facts_of(each, config).lengths == tuple(lengths)
     learned = [labels[labels != IGNORE_INDEX] for labels in (batch["labels"], padded["labels"])]
     assert torch.equal(*learned)
 
@@ -207,7 +209,7 @@ def test_an_empty_row_teaches_nothing(row: list[Any]) -> None:
     """Every device takes part in the step, with zero gradients."""
     model, _ = build("uhd")
     batch = Collator(0, packed=True)(row)
-    assert batch_size(batch) == (1, 2)
+    assert facts_of(batch, model.config).lengths == (2,)
     assert (batch["labels"] == IGNORE_INDEX).all()
     loss, gradients = learn(model, batch)
     assert loss == 0.0 and not gradients.any()

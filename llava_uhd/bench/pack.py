@@ -13,7 +13,7 @@ from rich.console import Console
 
 from llava_uhd.bench.compress_passes import DTYPES
 from llava_uhd.bench.output import make_console, mebibytes, print_table, seconds, write_json
-from llava_uhd.bench.pack_data import ASSUMPTION, SAMPLES, Lengths, of_recipe, simulated
+from llava_uhd.bench.pack_data import ASSUMPTION, LONGEST, SAMPLES, Lengths, of_recipe, simulated
 from llava_uhd.bench.pack_passes import MODELS, Passes, Task, prepare
 from llava_uhd.bench.pack_plans import Sharing, Way, compare_plans
 from llava_uhd.bench.timing import Comparison, compare
@@ -24,18 +24,19 @@ from llava_uhd.errors import UserError
 FILL, GRADIENTS = 0.95, 1e-5
 
 PLAN_NOTES = """\
+"shuffled" and "grouped" are padded; "grouped" is the published group_by_modality_length, which
+gives all devices like sums of lengths, not batches of one length (on simulated data it sorts by the
+texts' tokens, which stand for words). Packed rows have at most so many tokens.
 Fill: share of the slots of all batches that hold a token. Imbalance: cost of a step's costliest
 batch over the mean of its batches. Operations: of a training pass with padding, attention within a
 sample, against the first line; "with waiting" multiplies them by the imbalance, as if every device
-always waited for the costliest batch. "grouped" is the published group_by_modality_length, which
-gives all devices like sums of lengths, not batches of one length; on simulated data it sorts by the
-texts' tokens, which stand for words."""
+always waited for the costliest batch."""
 
 PASS_NOTES = """\
 Forward and backward over the same samples, ways in turns; the tower rests. Attention of "packed"
 works sample by sample, that of "packed, one mask" on the square of the row, as the library's sdpa
-does. Gradients: largest difference of the gradients of the mean loss, relative to the largest of
-them."""
+does. Time: CPU time, or wall time on CUDA; the best of all turns. Gradients: largest difference of
+the gradients of the mean loss, relative to the largest of them."""
 
 
 def register(commands: Any) -> None:
@@ -58,7 +59,7 @@ def register(commands: Any) -> None:
     )
     parser.add_argument("--plan-only", action="store_true", help="no training passes")
     task = Task()
-    parser.add_argument("--passes", type=int, default=128, help="samples to train on")
+    parser.add_argument("--passes", type=int, default=64, help="samples to train on")
     parser.add_argument("--layers", type=int, default=task.layers, help="decoder layers")
     parser.add_argument("--hidden", type=int, default=task.hidden, help="width, a multiple of 64")
     parser.add_argument("--repeats", type=int, default=3, help="timed turns")
@@ -86,8 +87,10 @@ def check(options: argparse.Namespace) -> list[int | None]:
         raise UserError(f"--device {options.device}: this machine has no CUDA device")
     words = [word.strip() for word in options.budgets.split(",") if word.strip()]
     for word in words:
-        if not word.isdigit() or int(word) < 1:
-            raise UserError(f"--budgets {options.budgets} must be numbers of tokens: 4096,8192")
+        if not word.isdigit() or int(word) < LONGEST:
+            raise UserError(
+                f"--budgets {options.budgets} must be numbers of tokens, at least {LONGEST}: 4096"
+            )
     return [None, *map(int, words)]
 
 
@@ -97,13 +100,12 @@ def run(options: argparse.Namespace) -> int:
     torch.set_num_threads(options.threads)
     console = make_console()
     sharing = Sharing(options.per_device, options.devices, options.accumulated)
-    data = [(simulated(options.samples), sharing, ASSUMPTION)]
+    data = [(simulated(options.samples), sharing, ASSUMPTION, budgets)]
     if options.recipe:
         data.append(recipe_data(options.recipe, options.devices))
     plans = []
-    for lengths, shared, note in data:
-        fitting = [each for each in budgets if each is None or each >= lengths.tokens.max()]
-        ways = compare_plans(lengths, shared, fitting)
+    for lengths, shared, note, wanted in data:
+        ways = compare_plans(lengths, shared, wanted)
         plans.append({**described(lengths, shared, note), "ways": [way.to_dict() for way in ways]})
         print_plans(console, lengths, shared, note, ways)
     console.print(PLAN_NOTES + "\n")
@@ -122,8 +124,8 @@ def run(options: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def recipe_data(name: str, devices: int) -> tuple[Lengths, Sharing, str]:
-    """Lengths and batches of a recipe; its global batch is shared by as many devices as can.
+def recipe_data(name: str, devices: int) -> tuple[Lengths, Sharing, str, list[int | None]]:
+    """Lengths, batches and rows of a recipe; as many devices as can share its global batch.
 
     Args:
         name: of the recipe.
@@ -132,12 +134,8 @@ def recipe_data(name: str, devices: int) -> tuple[Lengths, Sharing, str]:
     lengths, recipe = of_recipe(name)
     total = recipe.trainer.global_batch_size or devices
     shared = max(count for count in range(1, devices + 1) if total % count == 0)
-    return lengths, Sharing(*_plan(recipe, shared)), "counted"
-
-
-def _plan(recipe: Any, devices: int) -> tuple[int, int, int]:
-    per_device, accumulated = recipe.trainer.batch_plan(devices)
-    return per_device, devices, accumulated
+    per_device, accumulated = recipe.trainer.batch_plan(shared)
+    return lengths, Sharing(per_device, shared, accumulated), "counted", [recipe.data.pack_tokens]
 
 
 def described(lengths: Lengths, sharing: Sharing, note: str) -> dict[str, Any]:
@@ -166,7 +164,7 @@ def print_plans(
     rows = [
         (
             way.name,
-            f"{way.fill:.1%}",
+            f"{way.fill:.2%}",
             f"{way.batches:,}",
             f"{way.samples_per_step:.1f}",
             f"{way.imbalance:.3f}",

@@ -57,7 +57,7 @@ class Task:
         device: where.
     """
 
-    layers: int = 4
+    layers: int = 3
     hidden: int = 256
     dtype: torch.dtype = torch.float32
     device: str = "cpu"

@@ -95,15 +95,3 @@ def _single(samples: Iterable[Sample | Sequence[Sample]]) -> Iterator[Sample]:
             yield from each
         else:
             yield each  # type: ignore[misc]
-
-
-def batch_size(batch: Mapping[str, torch.Tensor]) -> tuple[int, int]:
-    """Samples and their tokens in a batch of the collator.
-
-    Example: a packed row of 5 and 3 tokens: (2, 8).
-    """
-    mask = batch.get("attention_mask")
-    if mask is not None:
-        return mask.shape[0], int(mask.sum())
-    positions = batch["position_ids"]
-    return int((positions == 0).sum()), positions.numel()
