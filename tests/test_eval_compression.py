@@ -145,6 +145,24 @@ def test_a_model_that_cannot_be_compressed() -> None:
     assert model.config.compression.stride == 2
 
 
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        (CompressionConfig("avgpol1d", 1, 2), "did you mean 'avgpool1d'"),
+        (CompressionConfig("fastv", 0, 2), "at least 1"),
+    ],
+)
+def test_a_checkpoint_whose_own_compression_is_impossible(
+    own: CompressionConfig, message: str
+) -> None:
+    """It is told at once, not for each question."""
+    model, _ = tiny_parts()
+    model.config.compression = own
+    with pytest.raises(UserError, match=message):
+        compress_model(model, {})
+    assert compress_model(model, {"method": "none"}) is None
+
+
 # --- evaluation -----------------------------------------------------------------------------------
 
 

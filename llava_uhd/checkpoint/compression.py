@@ -91,12 +91,15 @@ def compress_model(model: PreTrainedModel, given: dict[str, Any]) -> str | None:
         Why nothing is compressed although a method is set, or None.
 
     Raises:
-        UserError: see `lay_over`; or a language model that cannot be compressed.
+        UserError: see `lay_over`; a language model that cannot be compressed; or a checkpoint's
+            own compression that does not exist.
     """
     config = lay_over(model.config.compression, given)
     layers = num_layers(model)
-    if is_active(config, layers) and config.layer >= 0:
-        check_decoder(model.get_decoder())
+    if is_active(config, layers):
+        check_method(config)  # the checkpoint's own too
+        if config.layer >= 0:
+            check_decoder(model.get_decoder())
     model.config.compression = config
     if config.stride > 1 and config.method != "none" and config.layer >= layers:
         return (
