@@ -219,29 +219,48 @@ def test_a_run_goes_on_with_its_rows(unbroken: Path, monkeypatch: pytest.MonkeyP
         _check_devices(plan_of(unbroken)["rows_per_step"], unbroken)
 
 
-@pytest.mark.slow
-def test_two_processes_equal_one(workplace: Path, train: Train, tmp_path: Path) -> None:
-    words = (*LONG, "--deepspeed", "null")
-    alone = train("debug/finetune", "out/alone", *words)
+def run_with_two(workplace: Path, *words: str) -> str:
+    """The real command as two processes; what it printed."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port))
-    process = start(tmp_path, "debug/finetune", *words, launcher=launcher)
+    process = start(workplace, "debug/finetune", *words, launcher=launcher)
     try:
         printed, errors = process.communicate(timeout=240)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 0, errors[-3000:]
-    assert "a step has 2 rows = 1 accumulated x 2 devices" in printed
-    together = tmp_path / "checkpoints/debug/finetune"
-    assert plan_of(alone) == plan_of(together)
-    for first, second in zip(steps(alone), steps(together), strict=True):
-        assert first["loss"] == pytest.approx(second["loss"], abs=1e-4)
-        assert first["grad_norm"] == pytest.approx(second["grad_norm"], rel=1e-3)
-    before, after = weights(alone), weights(together)
+    return printed
+
+
+def assert_alike(first: Path, second: Path) -> None:
+    """Up to the order in which sums are taken."""
+    assert plan_of(first) == plan_of(second)
+    for one, other in zip(steps(first), steps(second), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], abs=1e-4)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
+    before, after = weights(first), weights(second)
     assert all(torch.allclose(before[k], after[k], atol=1e-4) for k in before)
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(unbroken: Path, tmp_path: Path) -> None:
+    printed = run_with_two(tmp_path, *LONG, "--deepspeed", "null")
+    assert "a step has 2 rows = 1 accumulated x 2 devices" in printed
+    assert_alike(unbroken, tmp_path / "checkpoints/debug/finetune")
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_where_one_stopped(
+    workplace: Path, train: Train, unbroken: Path
+) -> None:
+    words = (*LONG, "--deepspeed", "null")
+    break_at(5, train, "debug/finetune", "out/grown", *words)
+    printed = run_with_two(workplace, *words, "--trainer.output_dir", "out/grown")
+    assert "Going on from" in printed and "1 accumulated x 2 devices" in printed
+    assert_alike(unbroken, workplace / "out/grown")
 
 
 # --- sizes of rows and steps ----------------------------------------------------------------------
