@@ -161,7 +161,7 @@ class Runs:
         """Starts a run; it goes on beside the test."""
         log = str(self.workplace / f"{Path(output).name}.txt")
         given = (str(self.workplace), output, list(words), fault or Fault(), log)
-        process = self.context.Process(target=train_here, args=given)
+        process = self.context.Process(target=train_here, args=given, name=log)
         process.start()
         return process
 
@@ -208,7 +208,8 @@ def wait_for(reached: Callable[[], bool], process: BaseProcess, seconds: float =
     """Waits until something is so while a process runs."""
     deadline = time.monotonic() + seconds
     while not reached():
-        assert process.exitcode is None, process.exitcode
+        # A process is named by the file that it prints into.
+        assert process.exitcode is None, Path(process.name).read_text()[-3000:]
         assert time.monotonic() < deadline
         time.sleep(0.002)
 

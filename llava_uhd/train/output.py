@@ -14,6 +14,7 @@ from llava_uhd.config.resolved import Resolved
 from llava_uhd.config.typed import load_yaml
 from llava_uhd.errors import UserError
 from llava_uhd.train.saving import SEAL_FILE, last_whole, newest
+from llava_uhd.train.start import is_first_rank
 
 RECIPE_FILE = "recipe.yaml"
 
@@ -28,9 +29,12 @@ _HARMLESS = (
     "disable_tqdm",
     "max_grad_norm_stop",
     "output_dir",
+    "eval_strategy",
+    "eval_steps",
+    "per_device_eval_batch_size",
 )
 # So is what only decides whether and how a run starts.
-_HARMLESS_DATA = ("preview", "max_unlearned")
+_HARMLESS_DATA = ("preview", "max_unlearned", "holdout_samples")
 
 
 def _comparable(values: dict[str, Any]) -> dict[str, Any]:
@@ -88,7 +92,7 @@ def is_finished(recipe: Resolved) -> bool:
 
 
 def prepare_output(recipe: Resolved) -> Path:
-    """Makes the output folder and writes the resolved recipe.
+    """Makes the output folder and writes the resolved recipe (the first process does).
 
     Raises:
         UserError: the folder cannot be written.
@@ -96,7 +100,8 @@ def prepare_output(recipe: Resolved) -> Path:
     folder = Path(recipe.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / RECIPE_FILE, recipe.to_yaml())
+        if is_first_rank():
+            write_whole(folder / RECIPE_FILE, recipe.to_yaml())
     except OSError as error:
         raise UserError(f"output folder {folder} cannot be written: {error}") from error
     return folder
