@@ -159,7 +159,7 @@ class Records(Sequence[Record]):
     def __getitem__(self, index: int | slice) -> Record | list[Record]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        row, store = self._row(index), self._store
+        row, store = self.row_of(index), self._store
         text = store.buffer[store.ends[row] : store.ends[row + 1]]
         name, images, texts, *more = json.loads(text.decode("utf-8", "surrogatepass"))
         # Turns alternate and begin with human, so the roles need no storage.
@@ -181,23 +181,41 @@ class Records(Sequence[Record]):
 
     def origin(self, index: int) -> tuple[int, int]:
         """Number of a record's source, and its index in the file."""
-        return divmod(self._store.origins[self._row(index)], 1 << SOURCE_BITS)
+        return divmod(self._store.origins[self.row_of(index)], 1 << SOURCE_BITS)
+
+    def key(self, index: int) -> str:
+        """What a record is about: its first image or video as written, else its id, else its place.
+
+        Neither folders nor the order of the sources have a say.
+        """
+        row, store = self.row_of(index), self._store
+        text = store.buffer[store.ends[row] : store.ends[row + 1]]
+        name, images, _, *more = json.loads(text.decode("utf-8", "surrogatepass"))
+        files = [*images, *(more[0] if more else [])]
+        if files:
+            return f"file {files[0]}"
+        return f"id {name}" if name else f"place {self.place(index)}"
 
     def id_of(self, index: int) -> str:
         """Name of a record; the rest of it is not decoded."""
-        row, store = self._row(index), self._store
+        row, store = self.row_of(index), self._store
         head = store.buffer[store.ends[row] + 1 : store.ends[row + 1]]
         name, _ = _DECODER.raw_decode(head.decode("utf-8", "surrogatepass"))
         return str(name)
 
     def words(self, index: int) -> int:
         """Words of a record, without images."""
-        return abs(self._store.words[self._row(index)])
+        return abs(self._store.words[self.row_of(index)])
 
     def size(self, index: int) -> int:
         """About as many bytes as the texts of a record have, and no fewer."""
-        row, ends = self._row(index), self._store.ends
+        row, ends = self.row_of(index), self._store.ends
         return ends[row + 1] - ends[row]
+
+    def place(self, index: int) -> str:
+        """A record's source without its folder, and its index there: the same on every machine."""
+        source, position = self.origin(index)
+        return f"{self.sources[source].path.name} {position}"
 
     def where(self, index: int) -> str:
         """Says where a record stands, for messages: file, index in the file, id."""
@@ -214,8 +232,8 @@ class Records(Sequence[Record]):
             digest.update(json.dumps(folders).encode("utf-8", "surrogatepass"))
         return digest.hexdigest()
 
-    def _row(self, index: int) -> int:
-        """Place of a record in the store."""
+    def row_of(self, index: int) -> int:
+        """Place of a record in the store, which repetitions of it have in common."""
         place = index + len(self) if index < 0 else index
         if not 0 <= place < len(self):
             raise IndexError(f"record {index} of {len(self)}")

@@ -140,6 +140,42 @@ class SeededSampler(Sampler[int]):
         return torch.randperm(self.num_samples, generator=generator).tolist()
 
 
+class BlockSampler(SeededSampler):
+    """A shuffle that keeps neighbours near each other, decided by (seed, epoch) alone.
+
+    The blocks are shuffled; then the samples of each few of them among themselves.
+
+    Args:
+        blocks: a number for each sample: those of the same block have the same.
+        seed: of the run.
+        on_epoch: see `SeededSampler`.
+        window: blocks whose samples are mixed.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[int],
+        seed: int = 0,
+        on_epoch: Callable[[int], None] | None = None,
+        window: int = 4,
+    ) -> None:
+        super().__init__(len(blocks), seed, on_epoch)
+        self.window = window
+        members: dict[int, list[int]] = {}
+        for index, block in enumerate(blocks):
+            members.setdefault(block, []).append(index)
+        self.members = list(members.values())
+
+    def _order(self, generator: torch.Generator) -> list[int]:
+        blocks = torch.randperm(len(self.members), generator=generator).tolist()
+        order: list[int] = []
+        for window in _cut(blocks, self.window):
+            near = [index for block in window for index in self.members[block]]
+            places = torch.randperm(len(near), generator=generator).tolist()
+            order += [near[place] for place in places]
+        return order
+
+
 class ModalityLengthSampler(SeededSampler):
     """The published ``group_by_modality_length`` order, decided by (seed, epoch).
 

@@ -13,7 +13,8 @@ from llava_uhd.checkpoint.lora_base import KIND
 from llava_uhd.checkpoint.manifest import write_manifest
 from llava_uhd.config.training import UPSAMPLER_PARTS, Recipe
 from llava_uhd.data.collator import Collator
-from llava_uhd.data.dataset import ConversationDataset, open_records
+from llava_uhd.data.dataset import ConversationDataset
+from llava_uhd.data.holdout import open_split
 from llava_uhd.data.packed import PackedSamples
 from llava_uhd.errors import UserError, command
 from llava_uhd.train.compression import RunLength, announce_compression, check_length
@@ -21,6 +22,7 @@ from llava_uhd.train.counting import Counting
 from llava_uhd.train.drawn import is_plain, source_table, write_data_manifest
 from llava_uhd.train.embedded import demo_tokenizer, use_embedded
 from llava_uhd.train.guarded import stopped, told_of_the_disk
+from llava_uhd.train.heldout import HeldOut, held_out_dataset
 from llava_uhd.train.log import CURVE_FILE, JsonLog, draw_loss, read_log
 from llava_uhd.train.lora import add_adapters, finish_adapters, lora_run, storage
 from llava_uhd.train.output import agreed, is_finished, last_complete_checkpoint, prepare_output
@@ -48,13 +50,13 @@ def main() -> int:
     check_parts(recipe.model)
     # The first process draws data and writes files; the others then find them complete.
     with arguments.main_process_first(local=False):
-        records = open_records(use_embedded(recipe).data)
+        records, held = open_split(use_embedded(recipe).data)
         if not packed:  # the number of rows is not known yet
             check_length(recipe.compression, RunLength.planned(arguments, len(records)))
         folder = prepare_output(recipe)
         checkpoint = last_complete_checkpoint(folder) if is_first_rank() else None
         if is_first_rank():
-            write_data_manifest(records, folder, going_on=checkpoint is not None)
+            write_data_manifest(records, folder, checkpoint is not None, held)
     checkpoint = agreed(checkpoint)
     set_seed(arguments.seed)
     dtype, kept = weight_dtype(recipe, deepspeed), storage(recipe, arguments, deepspeed)
@@ -71,7 +73,8 @@ def main() -> int:
         samples = pack(recipe, arguments, parts.model.config, dataset, folder, bool(checkpoint))
         arguments = training_arguments(recipe, deepspeed, rows_of_device(samples.packing))
     announce_batches(recipe, arguments, parts, samples)
-    trainer = build_trainer(recipe, arguments, parts, samples, folder)
+    evaluated = held_out_dataset(held, parts.processor, recipe, arguments.seed)
+    trainer = build_trainer(recipe, arguments, parts, samples, folder, evaluated)
     if checkpoint is not None:
         say(f"Going on from {checkpoint}")
     if not trainer.run(checkpoint):
@@ -145,12 +148,15 @@ def build_trainer(
     parts: Assembled,
     dataset: ConversationDataset | PackedSamples,
     folder: Path,
+    held_out: ConversationDataset | None = None,
 ) -> StageTrainer:
     """The trainer of one stage.
 
     Raises:
         UserError: arguments that the library refuses.
     """
+    pad = parts.processor.tokenizer.pad_token_id or 0
+    collate = Collator(pad, isinstance(dataset, PackedSamples))
     try:
         trainer = StageTrainer(
             recipe=recipe,
@@ -158,11 +164,11 @@ def build_trainer(
             lora=lora_run(recipe, parts),
             model=parts.model,
             args=arguments,
+            held_out=None if held_out is None else HeldOut(held_out, collate, folder),
             train_dataset=dataset,
+            eval_dataset=held_out,
             data_collator=Counting(
-                Collator(
-                    parts.processor.tokenizer.pad_token_id or 0, isinstance(dataset, PackedSamples)
-                ),
+                collate,
                 parts.model.config,
                 compresses=recipe.compression.method != "none",
             ),

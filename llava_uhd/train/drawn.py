@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -17,21 +18,28 @@ from llava_uhd.errors import UserError
 DATA_FILE = "data_manifest.json"
 
 # What makes a source another one; its path may change.
-CONTENT = ("total", "drawn", "left_out", "file_sha256", "ids_sha256")
+CONTENT = ("total", "drawn", "left_out", "file_sha256", "ids_sha256", "samples")
 
 
-def write_data_manifest(records: Records, folder: Path, going_on: bool = False) -> None:
+def write_data_manifest(
+    records: Records, folder: Path, going_on: bool = False, held_out: Records | None = None
+) -> None:
     """Writes `DATA_FILE`.
 
     Args:
         records: of the run.
         folder: its output folder.
         going_on: the run goes on from a checkpoint in that folder.
+        held_out: records that are evaluated instead.
 
     Raises:
         UserError: it goes on, but the data are not what they were.
     """
     now = data_manifest(records.drawn)
+    if held_out is not None:
+        places = "".join(f"{held_out.place(index)}\n" for index in range(len(held_out)))
+        digest = hashlib.sha256(places.encode("utf-8", "surrogatepass")).hexdigest()
+        now |= {"samples": len(records), "held_out": len(held_out), "held_out_sha256": digest}
     path = folder / DATA_FILE
     if going_on and path.is_file():
         changed = _changed(read_json(path), now)
@@ -50,8 +58,10 @@ def _changed(before: dict[str, Any], now: dict[str, Any]) -> str:
         return f"{len(old)} sources were read, now {len(new)}"
     for one, other in zip(old, new, strict=True):
         for name in CONTENT:
-            if one.get(name) != other[name]:
-                return f"{name} of {other['path']} was {one.get(name)}, is {other[name]}"
+            if one.get(name) != other.get(name):
+                return f"{name} of {other['path']} was {one.get(name)}, is {other.get(name)}"
+    if before.get("held_out_sha256") != now.get("held_out_sha256"):
+        return "other samples are held out"
     return ""
 
 

@@ -182,16 +182,19 @@ def draw_loss(folders: dict[str, Path], target: Path) -> bool:
         entries = read_log(folder)
         points = [(e["step"], e["loss"]) for e in entries if "loss" in e]
         if points:
-            curves[title] = points, stage_marks(entries, points[-1][0])
+            held = [(e["step"], e["eval_loss"]) for e in entries if "eval_loss" in e]
+            curves[title] = points, held, stage_marks(entries, points[-1][0])
     if not curves:
         return False
     figure = Figure(figsize=(5.2 * len(curves), 3.4), layout="constrained")
     FigureCanvasAgg(figure)
-    for index, (title, (points, marks)) in enumerate(curves.items()):
+    for index, (title, (points, held, marks)) in enumerate(curves.items()):
         axes = figure.add_subplot(1, len(curves), index + 1)
         steps, losses = [p[0] for p in points], [p[1] for p in points]
         axes.plot(steps, losses, color="#b9c6d8", linewidth=0.8, label="each step")
         axes.plot(steps, smooth(losses), color="#1f4e8c", linewidth=1.8, label="smoothed")
+        if held:
+            axes.plot(*zip(*held), "o-", color="#2f7d4f", markersize=3.5, label="held out")
         axes.set(title=title, xlabel="optimizer step", ylabel="loss per learned token")
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)

@@ -16,6 +16,7 @@ from llava_uhd.config.recipe import recipes_root
 from llava_uhd.config.resolved import Resolved
 from llava_uhd.config.training import DEEPSPEED_NAMES, Recipe
 from llava_uhd.errors import UserError
+from llava_uhd.train.heldout import evaluation_arguments
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +102,7 @@ def training_arguments(
         "label_names": ["labels"],
         "deepspeed": str(deepspeed) if deepspeed else None,
     }
+    values |= evaluation_arguments(recipe, values)
     values.setdefault("report_to", "none")
     # It would put the mean of other losses in the place of one that is no number.
     values.setdefault("logging_nan_inf_filter", False)

@@ -22,12 +22,13 @@ from llava_uhd.checkpoint.streamed import save_streamed
 from llava_uhd.config.training import Recipe
 from llava_uhd.data.dataset import ConversationDataset
 from llava_uhd.data.packed import PackedSampler, PackedSamples
-from llava_uhd.data.sampler import ModalityLengthSampler, SeededSampler
+from llava_uhd.data.sampler import BlockSampler, ModalityLengthSampler, SeededSampler
 from llava_uhd.errors import UserError
 from llava_uhd.language.by_sample import prefer_by_sample
 from llava_uhd.train.compression import INPUT, ScheduledCompression
 from llava_uhd.train.counting import FACTS, facts_of
 from llava_uhd.train.guarded import GuardedTrainer
+from llava_uhd.train.heldout import HeldOut
 from llava_uhd.train.lora import LoraRun
 from llava_uhd.train.meter import Meter
 from llava_uhd.train.sharding import Sharing
@@ -68,18 +69,26 @@ class StageTrainer(GuardedTrainer):
         recipe: of the run.
         only_projector: the finished stage is written as a projector file, not as a whole model.
         lora: the finished stage is written as a LoRA folder; None for a whole model.
+        held_out: evaluates; None: nothing is held out.
         **kwargs: of ``transformers.Trainer``.
     """
 
     train_dataset: ConversationDataset | PackedSamples
     optimizer: torch.optim.Optimizer | None
+    control: TrainerControl
 
     def __init__(
-        self, recipe: Recipe, only_projector: bool, lora: LoraRun | None = None, **kwargs: Any
+        self,
+        recipe: Recipe,
+        only_projector: bool,
+        lora: LoraRun | None = None,
+        held_out: HeldOut | None = None,
+        **kwargs: Any,
     ) -> None:
         self.recipe = recipe
         self.only_projector = only_projector
         self.lora = lora
+        self.held_out = held_out
         self.finishing = False
         self.sampler: SeededSampler | PackedSampler | None = None
         packed = isinstance(kwargs.get("train_dataset"), PackedSamples)
@@ -114,6 +123,8 @@ class StageTrainer(GuardedTrainer):
                 self.args.seed,
                 dataset.set_epoch,
             )
+        if self.recipe.data.shuffle == "shards":
+            return BlockSampler(dataset.records.blocks, self.args.seed, dataset.set_epoch)
         return SeededSampler(len(dataset), self.args.seed, dataset.set_epoch)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -163,6 +174,16 @@ class StageTrainer(GuardedTrainer):
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         # Evaluation comes here too; the model knows nothing of these counts.
         return super()._prepare_inputs({k: v for k, v in inputs.items() if k != FACTS})
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Loss and answers of what is held out."""
+        assert self.held_out is not None, "nothing is held out"
+        metrics = self.held_out(self)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds what the meter says of the steps since the last entry.
