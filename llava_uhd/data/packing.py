@@ -8,6 +8,7 @@ device waits for another. Nothing is padded, repeated or left out.
 from __future__ import annotations
 
 import hashlib
+import heapq
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -162,16 +163,21 @@ def arrange(
 
 def _split_rows(rows: Sequence[list[int]], costs: np.ndarray, count: int) -> list[list[int]]:
     """The samples of rows in ``count`` rows, by rising cost; the costliest is halved first."""
-    found = sorted(rows, key=lambda row: float(costs[row].sum()))
-    while len(found) < count:
-        divisible = [row for row in found if len(row) > 1]
-        if not divisible:
-            found.insert(0, [])
+    # (negative cost, place, row): the place decides between equals, as rows come.
+    waiting = [(-float(costs[row].sum()), place, row) for place, row in enumerate(rows)]
+    heapq.heapify(waiting)
+    single: list[tuple[float, int, list[int]]] = []
+    place = len(rows)
+    while waiting and len(waiting) + len(single) < count:
+        costliest = heapq.heappop(waiting)
+        if len(costliest[2]) == 1:
+            single.append(costliest)
             continue
-        found.remove(divisible[-1])
-        found += _halves(divisible[-1], costs)
-        found.sort(key=lambda row: float(costs[row].sum()))
-    return found
+        for half in _halves(costliest[2], costs):
+            heapq.heappush(waiting, (-float(costs[half].sum()), place, half))
+            place += 1
+    found = [row for _, _, row in sorted([*waiting, *single], reverse=True)]
+    return [[] for _ in range(count - len(found))] + found
 
 
 def _halves(row: list[int], costs: np.ndarray) -> list[list[int]]:
