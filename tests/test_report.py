@@ -164,6 +164,14 @@ def test_held_out_loss_is_drawn(finished: Path, tmp_path: Path) -> None:
     assert "held out" in text and "5.25" in text and "<circle" in text
 
 
+def test_evaluation_of_a_run(train: Train) -> None:
+    words = ("--data.holdout", "4", "--trainer.max_steps", "2", "--trainer.eval_steps", "1")
+    folder = train("debug/pretrain", "out/report_held_out", *words)
+    text, page = read(folder / report.REPORT_FILE)
+    assert "held out" in text and page.tags.count("circle") == 2
+    assert "Answers to held-out samples" in text and "After step 2" in text
+
+
 def test_a_folder_with_little_in_it(tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").write_text(
         json.dumps({"step": 1, "loss": 2.0}) + "\n" + json.dumps({"step": 2, "loss": 1.5})[:10]

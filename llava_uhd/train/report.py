@@ -25,6 +25,7 @@ from llava_uhd.checkpoint.weights import read_json
 from llava_uhd.config.typed import load_yaml
 from llava_uhd.errors import UserError, command
 from llava_uhd.train.drawn import DATA_FILE
+from llava_uhd.train.heldout_page import read_answers
 from llava_uhd.train.log import LOG_FILE
 from llava_uhd.train.record import SECRET
 from llava_uhd.train.report_figures import Run, charts, flat_recipe, summary, times
@@ -107,9 +108,11 @@ def _shown(run: Run) -> dict[str, Any]:
     last = run.record.get("starts", [{}])[-1:] or [{}]
     data = read_json(run.folder / DATA_FILE) if (run.folder / DATA_FILE).is_file() else {}
     manifest = read_manifest(run.folder)
+    answers = read_answers(run.folder)
     return {
         "name": run.name,
         "samples": run.samples,
+        "answers": answers[-1] if answers else None,
         "starts": starts,
         "peak": last[0].get("peak", {}).get("source"),
         "last_start": _json(last[0]),
