@@ -245,6 +245,20 @@ def test_caches_that_cannot_be_gone_on_from(parts: Parts) -> None:
         model.generate(**inputs, compression=some, max_new_tokens=2, cache_implementation="static")
 
 
+@pytest.mark.parametrize("option", [CompressionConfig(), CompressionConfig("avgpool1d", 2, 4)])
+def test_a_second_turn_goes_on_from_the_cache(parts: Parts, option: CompressionConfig) -> None:
+    model, processor = parts
+    inputs = processor(text="<image>\nWhat?", images=[picture(96, 50)])
+    options: dict[str, Any] = {"compression": option, "max_new_tokens": 4, "do_sample": False}
+    first = model.generate(**inputs, **options, return_dict_in_generate=True)
+    asked = torch.cat([first.sequences, torch.tensor([[5, 6, 7]])], 1)
+    runs = model.get_visual_runs(asked, inputs["view_grids"], inputs.get("token_maps"))
+    more = {"past_key_values": first.past_key_values, "visual_runs": runs}
+    second = model.generate(asked, **more, **options)
+    whole = model.generate(**{**inputs, "input_ids": asked, "attention_mask": None}, **options)
+    assert torch.equal(second, whole)
+
+
 def test_embeddings_say_where_their_images_are(parts: Parts) -> None:
     model, processor = parts
     model.config.compression = CompressionConfig("avgpool1d", 1, 4)

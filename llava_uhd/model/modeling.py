@@ -315,9 +315,12 @@ class LlavaUHDForConditionalGeneration(VisualTokens, PreTrainedModel, Generation
         image_features: torch.Tensor | None = None,
         is_first_iteration: bool | None = False,
         prompt_length: int | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Adds the image tokens to the steps that see the prompt."""
+        if cache is not None:  # named for the library, which takes what it finds in the signature
+            kwargs["cache"] = cache
         inputs = super().prepare_inputs_for_generation(
             input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )
