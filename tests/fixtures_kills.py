@@ -47,6 +47,7 @@ class Fault:
 
     Attributes:
         event: it is killed before its n-th change of a file in the output folder, from 1.
+        after_start: it is killed so many seconds after its start.
         seconds: it is killed so long after it has begun to write its first checkpoint.
         before: it is killed before a file of this name is moved.
         in_checkpoint: counts ``event`` and ``seconds`` only from the n-th checkpoint on.
@@ -56,6 +57,7 @@ class Fault:
     """
 
     event: int | None = None
+    after_start: float | None = None
     seconds: float | None = None
     before: str | None = None
     in_checkpoint: int = 0
@@ -138,6 +140,8 @@ def train_here(workplace: str, output: str, words: list[str], fault: Fault, log:
         resource.setrlimit(resource.RLIMIT_FSIZE, (fault.largest_file, fault.largest_file))
     if fault.torch_save is not None:
         torch.save = half_save(fault.torch_save)
+    if fault.after_start is not None:
+        threading.Timer(fault.after_start, die).start()
     events = Events(Path(output), fault)
     sys.addaudithook(events)
     sys.argv = ["train", *words, "--trainer.output_dir", output, "--trainer.disable_tqdm", "true"]
@@ -220,15 +224,17 @@ def random_fault(draw: random.Random, events: int, seconds: float, saves: int) -
     Args:
         draw: random numbers.
         events: changes of files in a whole run.
-        seconds: from the first checkpoint of a whole run to its end.
+        seconds: that a whole run takes.
         saves: calls of ``torch.save`` in a whole run.
     """
-    kind = draw.choice(("event", "event", "seconds", "half"))
+    kind = draw.choice(("start", "event", "seconds", "half"))
+    if kind == "start":
+        return Fault(after_start=draw.uniform(0, seconds))
     if kind == "event":
         return Fault(event=draw.randint(1, events))
     if kind == "half":
         return Fault(torch_save=draw.randint(1, saves))
-    return Fault(seconds=draw.uniform(0, seconds))
+    return Fault(seconds=draw.uniform(0, seconds / 5))
 
 
 @pytest.fixture(scope="module")
