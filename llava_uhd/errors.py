@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -16,6 +17,8 @@ STOPPED_STATUS = 75
 INTERRUPTED_STATUS = 130
 # Set by `llava_uhd.launch`: many processes make the same mistake, the launcher tells it once.
 LAUNCHER_VARIABLE = "LLAVA_UHD_LAUNCHER"
+# How torch begins the message of an error that it brings over from a worker.
+CAUGHT = re.compile(r"Caught (\w+) in .*\nOriginal Traceback")
 
 
 class UserError(ValueError):
@@ -24,6 +27,17 @@ class UserError(ValueError):
     Commands print it without a traceback and leave with status 2; library callers can catch it
     as a ``ValueError``.
     """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(_own_words(message))
+
+
+def _own_words(message: str) -> str:
+    """The message, without the traceback that a data loader puts around that of its worker."""
+    caught = CAUGHT.match(message)
+    if caught is None:
+        return message
+    return message.rpartition(f"{caught[1]}: ")[2].strip() or message
 
 
 def make_folder(path: Path, what: str) -> None:
@@ -45,9 +59,7 @@ def _tell(error: UserError) -> None:
         reason = {"message": str(error), "extraInfo": {"timestamp": int(time.time())}}
         Path(file).write_text(json.dumps({"message": reason}), encoding="utf-8")
     else:
-        # A data loader's worker wraps its message in a traceback: the end is the message.
-        message = str(error).rpartition("UserError: ")[2].strip()
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
 
 
 def command(main: Callable[[], int | None]) -> NoReturn:

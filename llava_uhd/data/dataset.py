@@ -116,7 +116,17 @@ class ConversationDataset(Dataset[dict[str, Any] | BrokenSample]):
         Raises:
             UserError: a broken image or video, too many of them, or a sample that does not fit; the
                 message has file, index and id.
+            RuntimeError: anything else, with the same.
         """
+        try:
+            return self._sample(index)
+        except UserError:
+            raise
+        except Exception as error:
+            where, kind = self.records.where(index), type(error).__name__
+            raise RuntimeError(f"{where}: {kind}: {error}") from error
+
+    def _sample(self, index: int) -> dict[str, Any] | BrokenSample:
         record = self.records[index]
         try:
             images = [self._open(path, index) for path in record.images]

@@ -100,6 +100,13 @@ def stopped(trainer: GuardedTrainer) -> int:
     return STOPPED_STATUS
 
 
+def release_workers(loader: Any) -> None:
+    """Ends workers that outlive an epoch; the library keeps their loader for as long as it runs."""
+    inner = getattr(loader, "base_dataloader", loader)
+    if getattr(inner, "_iterator", None) is not None:
+        inner._iterator = None
+
+
 class GuardedTrainer(Trainer):
     """Whole checkpoints, stops on signals, and no step with numbers that are none.
 
@@ -136,7 +143,10 @@ class GuardedTrainer(Trainer):
         with self.signals, told_of_the_disk(Path(self.args.output_dir)):
             start = str(fitting(self, checkpoint)) if checkpoint else None
             self.converted = start is not None and Path(start) != checkpoint
-            self.train(resume_from_checkpoint=start)
+            try:
+                self.train(resume_from_checkpoint=start)
+            finally:
+                release_workers(self.callback_handler.train_dataloader)
         return not self.signals.stopped
 
     def _prepare_for_training(
