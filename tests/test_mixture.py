@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import pickle
 import random
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +192,61 @@ def test_folders_of_a_source(tmp_path: Path) -> None:
         read_records(path, tmp_path / "one")
 
 
+def test_repeated_and_weighted_sources(tmp_path: Path) -> None:
+    write(tmp_path / "a.json", rows(30, "a"))
+    write(tmp_path / "b.json", rows(10, "b"))
+
+    def counts(*entries: dict[str, Any]) -> tuple[Records, dict[str, int]]:
+        records = read_records(mixture(tmp_path, *entries), None)
+        return records, dict(Counter(ids(records)))
+
+    a, b = {"json_path": "a.json"}, {"json_path": "b.json"}
+    records, found = counts({**a, "epochs": 0.5}, {**b, "epochs": 2.3})
+    assert [each.per_epoch for each in records.drawn] == [15, 23]
+    assert sum(name[0] == "a" for name in found) == 15 and max(found.values()) == 3
+    assert sorted(number for name, number in found.items() if name[0] == "b") == [2] * 7 + [3] * 3
+    assert ids(counts({**a, "epochs": 0.5}, {**b, "epochs": 2.3})[0]) == ids(records)
+    # Every copy knows where it comes from.
+    assert records.where(16).endswith(f"b.json, record 1 (id '{ids(records)[16]}')")
+    assert len(records.lengths) == len(records.blocks) == len(records) == 38
+    # Weights share out the forty records that there are.
+    records, found = counts({**a, "weight": 1}, {**b, "weight": 3})
+    assert [each.per_epoch for each in records.drawn] == [10, 30] and len(records) == 40
+    assert all(found[f"b{i}"] == 3 for i in range(10))
+    records, _ = counts({**a, "weight": 1, "sampling_strategy": "first:10"}, {**b, "weight": 1})
+    assert [each.per_epoch for each in records.drawn] == [10, 10]
+    manifest = data_manifest(records.drawn)
+    assert manifest["samples"] == 20 and [s["samples"] for s in manifest["sources"]] == [10, 10]
+    assert "samples" not in data_manifest(counts(a, b)[0].drawn)["sources"][0]
+    assert counts(a, b)[0].digest() != counts(a, {**b, "epochs": 2})[0].digest()
+
+
+def test_selections(tmp_path: Path) -> None:
+    records = read_records(write(tmp_path / "a.json", rows(6)), None)
+    taken = records.take([4, 1, 1])
+    assert ids(taken) == ["r4", "r1", "r1"] and ids(taken.take([2, 0])) == ["r1", "r4"]
+    assert taken.where(0).endswith("record 4 (id 'r4')") and len(records) == 6
+    assert taken.id_of(1) == "r1" and taken.words(0) == records.words(4)
+    with pytest.raises(IndexError):
+        taken[3]
+    assert ids(pickle.loads(pickle.dumps(taken))) == ids(taken)
+
+
+def test_paths_of_many_files(tmp_path: Path) -> None:
+    assert expand_braces("s-{08..10}.tar") == ["s-08.tar", "s-09.tar", "s-10.tar"]
+    assert expand_braces("{3..1}") == ["3..1"] and expand_braces("{1..9999999999}") == [
+        "1..9999999999"
+    ]
+    for number in range(3):
+        write(tmp_path / f"p-{number}.json", rows(1, f"p{number}"))
+    assert ids(read_records(str(tmp_path / "p-*.json"), None)) == ["p00", "p10", "p20"]
+    assert ids(read_records(mixture(tmp_path, {"json_path": "p-[12].json"}), None)) == [
+        *("p10", "p20")
+    ]
+    with pytest.raises(UserError, match=r"q-\*.json does not exist"):
+        read_records(str(tmp_path / "q-*.json"), None)
+
+
 BAD: list[tuple[Any, str]] = [
     ({"datasets": [], "seed": 1}, "'datasets' must be a list with at least one"),
     ({"data": []}, r"unknown key '.*mix\.yaml: data'; did you mean 'datasets'"),
@@ -216,6 +273,11 @@ BAD: list[tuple[Any, str]] = [
     ({"datasets": [{"json_path": "a.json", "sampling_strategy": "random:101%"}]}, "asks for 5"),
     ({"datasets": [{"json_path": "empty.json", "sampling_strategy": "first:1"}]}, "no records"),
     ({"datasets": [{"json_path": "empty.json"}]}, "no records"),
+    ({"datasets": [{"json_path": "a.json", "epochs": 0}]}, "epochs must be a number above 0"),
+    ({"datasets": [{"json_path": "a.json", "weight": "much"}]}, "weight must be a number above 0"),
+    ({"datasets": [{"json_path": "a.json", "weight": 1, "epochs": 2}]}, "exclude each other"),
+    ({"datasets": [{"json_path": "a.json", "weight": 1}, {"json_path": "a.json"}]},
+     r"datasets\[1\]\.weight is missing: either every source has one, or none"),
 ]  # fmt: skip
 
 

@@ -271,6 +271,8 @@ def _read_entry(entry: Any, file: Path, where: str, seed: int) -> list[Source]:
         for key in ("image_folder", "video_folder")
     )
     epochs, weight = (_positive(entry.get(key), f"{where}.{key}") for key in ("epochs", "weight"))
+    if epochs is not None and weight is not None:
+        raise UserError(f"{where}: epochs and weight exclude each other: set one of them")
     sources = []
     for path, found in _files_of(written, file):
         if found.suffix.lower() in YAML:
