@@ -14,9 +14,8 @@ import signal
 import socket
 import sys
 import threading
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from typing import Any
 import pytest
 
 from llava_uhd.errors import command
+from llava_uhd.train.log import JsonLog
 from llava_uhd.train.saving import checkpoints, problem
 
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
@@ -53,6 +53,9 @@ class Fault:
         in_checkpoint: counts ``event`` and ``seconds`` only from the n-th checkpoint on.
         torch_save: half a file is written by the n-th ``torch.save``, then it is killed.
         largest_file: in bytes; the system refuses to write beyond.
+        signal: name of one that it and its children get, behind step ``step``.
+        step: see ``signal``.
+        workers: how it starts those of its data loader.
         environment: of the process.
     """
 
@@ -63,6 +66,9 @@ class Fault:
     in_checkpoint: int = 0
     torch_save: int | None = None
     largest_file: int | None = None
+    signal: str | None = None
+    step: int = 0
+    workers: str = "fork"
     environment: dict[str, str] = field(default_factory=dict)
 
 
@@ -102,6 +108,19 @@ class Events:
             die()
 
 
+def signal_group(fault: Fault) -> None:
+    """Sends a signal to this process and its children once a step is in the log."""
+    original = JsonLog.on_log
+
+    def on_log(self: JsonLog, *given: Any, **named: Any) -> None:
+        original(self, *given, **named)
+        if given[1].global_step == fault.step:
+            for _ in range(2):  # launchers and terminals repeat them
+                os.killpg(0, getattr(signal, fault.signal or ""))
+
+    JsonLog.on_log = on_log  # type: ignore[method-assign]
+
+
 def half_save(number: int) -> Callable[..., None]:
     """A ``torch.save`` whose n-th call breaks off in the middle."""
     import io
@@ -131,6 +150,8 @@ def train_here(workplace: str, output: str, words: list[str], fault: Fault, log:
     os.dup2(handle, 1)
     os.dup2(handle, 2)
     os.environ.update(fault.environment)
+    # It would be that of this very process.
+    multiprocessing.set_start_method(fault.workers, force=True)
     import torch
 
     from llava_uhd.train import __main__ as training
@@ -142,6 +163,8 @@ def train_here(workplace: str, output: str, words: list[str], fault: Fault, log:
         torch.save = half_save(fault.torch_save)
     if fault.after_start is not None:
         threading.Timer(fault.after_start, die).start()
+    if fault.signal is not None:
+        signal_group(fault)
     events = Events(Path(output), fault)
     sys.addaudithook(events)
     sys.argv = ["train", *words, "--trainer.output_dir", output, "--trainer.disable_tqdm", "true"]
@@ -178,8 +201,10 @@ class Runs:
         path = self.workplace / f"{Path(output).name}.txt"
         return path.read_text() if path.is_file() else ""
 
-    def begin_ranks(self, ranks: int, output: str, *words: str) -> list[BaseProcess]:
-        """Starts the processes of one run."""
+    def begin_ranks(
+        self, ranks: int, output: str, *words: str, fault: Fault | None = None
+    ) -> list[BaseProcess]:
+        """Starts the processes of one run; the fault is that of the last one."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -187,8 +212,9 @@ class Runs:
         for rank in range(ranks):
             places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
             places |= {"LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1"}
-            fault = Fault(environment={key: str(value) for key, value in places.items()})
-            processes.append(self.begin(output, *words, fault=fault))
+            own = fault if fault is not None and rank == ranks - 1 else Fault()
+            given = replace(own, environment={key: str(value) for key, value in places.items()})
+            processes.append(self.begin(output, *words, fault=given))
         return processes
 
 
@@ -206,16 +232,6 @@ def finished(process: BaseProcess, seconds: float = 240) -> int:
         process.join()
         raise AssertionError(f"no end after {seconds} s")
     return process.exitcode
-
-
-def wait_for(reached: Callable[[], bool], process: BaseProcess, seconds: float = 240) -> None:
-    """Waits until something is so while a process runs."""
-    deadline = time.monotonic() + seconds
-    while not reached():
-        # A process is named by the file that it prints into.
-        assert process.exitcode is None, Path(process.name).read_text()[-3000:]
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
 
 
 def random_fault(draw: random.Random, events: int, seconds: float, saves: int) -> Fault:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from fixtures_kills import Fault, Runs, assert_only_whole, finished, wait_for
+from fixtures_kills import Fault, Runs, assert_only_whole
 from fixtures_kills import runs as runs  # (fixture)
 from fixtures_runs import FROM_NOTHING, ROOT, Train, assert_same_run, break_at, run_here, steps
 from torch import nn
@@ -27,7 +27,7 @@ from llava_uhd.train import log
 from llava_uhd.train import signals as train_signals
 from llava_uhd.train.diagnostics import FOLDER, batches_of_step
 from llava_uhd.train.guarded import FLOAT16_PATIENCE, GuardedTrainer
-from llava_uhd.train.saving import SEAL_FILE, UNFINISHED, checkpoints
+from llava_uhd.train.saving import UNFINISHED, checkpoints
 from llava_uhd.train.signals import QuietWorker, StopOnSignal
 from llava_uhd.train.trainer import StageTrainer
 
@@ -339,23 +339,21 @@ def test_a_folder_that_cannot_be_written(train: Train, workplace: Path, blocked:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
+@pytest.mark.parametrize(
+    ("name", "workers"),
+    [("SIGTERM", "fork"), ("SIGUSR1", "fork"), ("SIGINT", "fork"), ("SIGTERM", "forkserver")],
+)
 def test_a_signal_saves_and_leaves(
-    runs: Runs, train: Train, unbroken: Path, name: str
+    runs: Runs, train: Train, unbroken: Path, name: str, workers: str
 ) -> None:  # fmt: skip
     """Sent to all processes of the run, as a scheduler does, the data loader's worker included."""
-    output = f"out/{name}"
-    folder = unbroken.parent / name
+    output, folder = f"out/{name}_{workers}", unbroken.parent / f"{name}_{workers}"
     words = (RECIPE, *LONG, "--trainer.save_steps", "5", "--trainer.dataloader_num_workers", "1")
-    process = runs.begin(output, *words)
-    assert process.pid is not None
-    wait_for(lambda: len(steps(folder)) >= 2, process)
-    os.killpg(process.pid, getattr(signal, name))
-    os.killpg(process.pid, getattr(signal, name))  # launchers and terminals repeat them
-    assert finished(process) == STOPPED_STATUS, runs.said(output)
-    (done, path), *_ = reversed(checkpoints(folder))
-    assert 2 <= done < 7 and (path / SEAL_FILE).is_file()
-    assert f"stopped by {name} after step {done}: checkpoint-{done} is whole" in runs.said(output)
+    fault = Fault(signal=name, step=3, workers=workers)
+    assert runs.run(output, *words, fault=fault) == STOPPED_STATUS, runs.said(output)
+    # The entry of step 3 is written behind the question whether to stop.
+    assert [step for step, _ in checkpoints(folder)] == [4]
+    assert f"stopped by {name} after step 4: checkpoint-4 is whole" in runs.said(output)
     assert_only_whole(folder)
     assert_same_run(unbroken, train(RECIPE, output, *LONG))
 

@@ -23,7 +23,6 @@ from fixtures_kills import (
     finished,
     random_fault,
     runs,  # noqa: F401  (fixture)
-    wait_for,
 )
 from fixtures_runs import FROM_NOTHING, assert_same_run, start, steps, weights
 from safetensors.torch import load_file
@@ -191,21 +190,17 @@ def test_several_processes(runs: Runs, engine: str) -> None:  # noqa: F811
     assert [finished(each) for each in runs.begin_ranks(2, outputs[0], *words)] == [0, 0]
     assert len(steps(whole)) == 12
     # SIGKILL to one: the other ends by itself.
-    ranks = runs.begin_ranks(2, outputs[1], *words)
-    wait_for(lambda: len(steps(broken)) >= 4, ranks[0])
-    os.kill(ranks[1].pid or 0, signal.SIGKILL)
+    ranks = runs.begin_ranks(2, outputs[1], *words, fault=Fault(signal="SIGKILL", step=4))
     assert finished(ranks[1]) == -signal.SIGKILL
     assert finished(ranks[0], 60) not in (0, -signal.SIGKILL)
-    assert len(checkpoints(broken)) >= 1
+    assert [step for step, _ in checkpoints(broken)] == [3]
     assert_only_whole(broken)
     # SIGTERM to one: both save and leave.
-    ranks = runs.begin_ranks(2, outputs[1], *words)
-    wait_for(lambda: len(steps(broken)) >= 7, ranks[0])
-    os.kill(ranks[1].pid or 0, signal.SIGTERM)
+    ranks = runs.begin_ranks(2, outputs[1], *words, fault=Fault(signal="SIGTERM", step=7))
     assert [finished(each) for each in ranks] == [STOPPED_STATUS] * 2, runs.said(outputs[1])
     done, path = checkpoints(broken)[-1]
     assert json.loads((path / "complete.json").read_text())["ranks"] == 2
-    assert 7 <= done < 12
+    assert done == 8
     assert [e["loss"] for e in steps(broken)] == [e["loss"] for e in steps(whole)[:done]]
     # Others take over: the global batch, its order, its losses and the rates are the same.
     if engine == "null":

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable
+from multiprocessing import forkserver, resource_tracker
 from types import FrameType
 from typing import Any
 
@@ -35,6 +37,8 @@ class StopOnSignal(TrainerCallback):
         self.group: Any = None
 
     def __enter__(self) -> StopOnSignal:
+        if multiprocessing.get_start_method() == "forkserver":
+            start_quiet_server()
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
         return self
@@ -78,6 +82,19 @@ class StopOnSignal(TrainerCallback):
         flag = torch.tensor([int(self.received is not None)])
         torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, group=self.group)
         return bool(flag)
+
+
+def start_quiet_server() -> None:
+    """Starts the process that forks workers (the default from Python 3.14) deaf to the signals.
+
+    It lives in the job too, and workers whose server has died count as dead.
+    """
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        forkserver.ensure_running()  # what is blocked here is blocked there
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class QuietWorker:
