@@ -137,6 +137,24 @@ def test_a_loss_that_is_no_number(
     assert_same_run(unbroken, train(*words))
 
 
+def test_samples_of_a_packed_step_are_named(
+    train: Train, unbroken: Path, spoil: Callable[..., Watched]
+) -> None:
+    watched = spoil(5, loss=math.nan, gradient=math.nan, micro=1)
+    words = (*FROM_NOTHING, "--trainer.max_steps", "7", "--data.batching", "packed",
+             "--trainer.group_by_modality_length", "false")  # fmt: skip
+    with pytest.raises(UserError, match=r"^step 6: the loss is nan: .*diagnostics/step-6 names"):
+        train(RECIPE, "out/nan_packed", *words)
+    assert watched.trainer is not None
+    _, own = bundle(unbroken.parent / "nan_packed", 6)
+    samples = watched.trainer.train_dataset.samples
+    assert len(own["micro_batches"]) == len(watched.inputs) > 1
+    for entry, ids in zip(own["micro_batches"], watched.inputs, strict=True):
+        rows = [samples[index]["input_ids"] for index in entry["samples"]]
+        assert torch.equal(torch.cat(rows), ids[0])
+        assert len(entry["where"]) == len(rows)
+
+
 def test_gradients_that_are_no_numbers(train: Train, spoil: Callable[..., Watched]) -> None:
     """The loss is a number, its gradients are not; there is no checkpoint yet."""
     watched = spoil(1, gradient=math.inf)
