@@ -19,6 +19,7 @@ from torch import nn
 from transformers import Trainer
 
 from llava_uhd.errors import STOPPED_STATUS, UserError
+from llava_uhd.train import sequence
 from llava_uhd.train import signals as train_signals
 from llava_uhd.train.diagnostics import FOLDER, batches_of_step
 from llava_uhd.train.guarded import FLOAT16_PATIENCE, GuardedTrainer
@@ -315,3 +316,18 @@ def test_workers_leave_signals_alone() -> None:
             signal.signal(number, handler)
         signal.signal(signal.SIGINT, signal.default_int_handler)
     assert called == [3]
+
+
+@pytest.mark.parametrize("name", ["TERM", "USR1", "INT"])
+def test_a_sequence_of_stages_passes_signals_on(tmp_path: Path, name: str) -> None:
+    """The stage ends when it likes, and with its status."""
+    script = tmp_path / "stage.sh"
+    script.write_text(
+        f"trap 'sleep 0.2; exit 75' {name}\nkill -{name} $PPID\n"
+        "for i in 1 2 3 4 5 6 7 8 9; do sleep 0.5; done\n"
+    )
+    before = signal.getsignal(getattr(signal, f"SIG{name}"))
+    assert sequence.call(script, "a", "b") == STOPPED_STATUS
+    assert signal.getsignal(getattr(signal, f"SIG{name}")) == before
+    script.write_text("kill -KILL $$\n")
+    assert sequence.call(script) == 137

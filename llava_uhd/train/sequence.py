@@ -18,17 +18,20 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 
 from llava_uhd.config.recipe import list_recipes, load_recipe
 from llava_uhd.config.training import Recipe
 from llava_uhd.errors import UserError, command
 from llava_uhd.registry import nearest_hint
 from llava_uhd.train.output import is_finished
+from llava_uhd.train.signals import SIGNALS
 
 # Stages of a set, in their order: LLaVA-1.5 and LLaVA-UHD; LLaVA-OneVision.
 SEQUENCES = (("pretrain", "finetune"), ("stage1", "stage1_5", "stage2_si", "stage2_ov"))
@@ -225,8 +228,21 @@ def run(plan: Plan, scripts: Path) -> int:
 
 
 def call(script: Path, *words: str) -> int:
-    """Runs a script; its status, or 128 and the number of the signal that ended it."""
-    status = subprocess.run(["sh", str(script), *words], check=False).returncode
+    """Runs a script; its status, or 128 and the number of the signal that ended it.
+
+    Signals are passed on to it, which may take its time to end.
+    """
+    process = subprocess.Popen(["sh", str(script), *words])
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        process.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in SIGNALS}
+    try:
+        status = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return status if status >= 0 else 128 - status
 
 
