@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from llava_uhd.data.synthetic import embedded_split
 from llava_uhd.train import __main__ as command
 from llava_uhd.train.log import JsonLog, read_log
 from llava_uhd.train.meter import CLOCK_KEYS
@@ -23,6 +25,13 @@ STAGES = ("debug/pretrain", "debug/finetune")
 CLOCKS = (*CLOCK_KEYS, "train_runtime")
 
 Train = Callable[..., Path]
+
+
+def with_drawn_data(folder: Path) -> Path:
+    """The folder, with the embedded data of debug runs drawn once for all of them."""
+    for name in ("debug", "debug_mixed"):
+        embedded_split(name, "pretrain", folder / "playground/data")
+    return folder
 
 
 def run_here(workplace: Path, recipe: str, output: str, *words: str) -> Path:
@@ -48,6 +57,19 @@ def start(workplace: Path, *words: str, launcher: tuple[str, ...] = ()) -> subpr
         text=True,
         start_new_session=True,
     )
+
+
+def run_on_two(workplace: Path, *words: str) -> str:
+    """The real command on two processes, with an end to every hang; what it printed."""
+    launcher = ("-m", "llava_uhd.launch", "--standalone", "--nproc_per_node", "2")
+    process = start(workplace, *words, launcher=launcher)
+    try:
+        printed, errors = process.communicate(timeout=420)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, errors[-3000:]
+    return printed
 
 
 def steps(folder: Path) -> list[dict[str, Any]]:

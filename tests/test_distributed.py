@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import signal
 from pathlib import Path
 
 import pytest
-from fixtures_runs import run_here, start, steps, weights
+from fixtures_runs import run_here, run_on_two, steps, weights
 
 pytestmark = [
     pytest.mark.slow,
@@ -16,9 +14,6 @@ pytestmark = [
         importlib.util.find_spec("deepspeed") is None, reason="needs the extra 'deepspeed'"
     ),
 ]
-TWO = ("-m", "llava_uhd.launch", "--standalone", "--nproc_per_node", "2")
-# Nothing here takes a minute of its own; a run that hangs is ended.
-WATCHDOG = 420
 SHORT = ("--debug", "--trainer.max_steps", "4", "--trainer.logging_steps", "1")
 CASES = {
     # Recipe, DeepSpeed configuration, further options.
@@ -35,19 +30,6 @@ CASES = {
 }
 
 
-def train_on_two(folder: Path, *words: str) -> str:
-    """Runs the command on two processes, with an end to every hang; returns what was said."""
-    os.environ["TORCH_EXTENSIONS_DIR"] = str(folder / "torch_extensions")
-    process = start(folder, *words, launcher=TWO)
-    try:
-        _, errors = process.communicate(timeout=WATCHDOG)
-    except BaseException:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
-    assert process.returncode == 0, errors[-3000:]
-    return errors
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_losses_are_those_of_one_process(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -57,7 +39,7 @@ def test_losses_are_those_of_one_process(
     recipe, deepspeed, options = CASES[name]
     words = [*SHORT, *options, "--deepspeed"]
     alone = run_here(tmp_path, recipe, "alone", *words, "null")
-    train_on_two(tmp_path, recipe, *words, deepspeed, "--trainer.output_dir", "two")
+    run_on_two(tmp_path, recipe, *words, deepspeed, "--trainer.output_dir", "two")
     expected, found = steps(alone), steps(tmp_path / "two")
     assert [entry["step"] for entry in found] == [1, 2, 3, 4]
     for one, two in zip(expected, found, strict=True):

@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 
 from llava_uhd.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from llava_uhd.errors import STOPPED_STATUS, USER_ERROR_STATUS, UserError
-from llava_uhd.train.elastic import facts_of, fitting
+from llava_uhd.train.elastic import fitting, seal_facts
 from llava_uhd.train.saving import UNFINISHED, checkpoints, seal
 
 RECIPE = "debug/finetune"
@@ -239,7 +239,7 @@ def test_other_engines_and_batches_are_refused(tmp_path: Path) -> None:
 
     folder = tmp_path / "checkpoint-3"
     folder.mkdir()
-    seal(folder, step=3, **facts_of(trainer(4)))
+    seal(folder, step=3, **seal_facts(trainer(4)))
     assert fitting(trainer(4), folder) == fitting(trainer(1, 4, 2), folder) == folder
     with pytest.raises(UserError, match=r"global batch of 8, this run has 4: start it on 4 proc"):
         fitting(trainer(2), folder)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from fixtures_runs import ROOT, run_here, weights
+from fixtures_runs import ROOT, run_here, weights, with_drawn_data
 from safetensors.torch import load_file
 
 from llava_uhd import inspect
@@ -249,10 +249,7 @@ def test_a_checkpoint_that_is_here_goes_first(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("llava")
-    for name in ("debug", "debug_mixed"):
-        embedded_split(name, "pretrain", folder / "playground/data")
-    return folder
+    return with_drawn_data(tmp_path_factory.mktemp("llava"))
 
 
 @pytest.fixture

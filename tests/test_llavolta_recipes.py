@@ -9,14 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from fixtures_runs import run_here, steps, weights
+from fixtures_runs import run_here, steps, weights, with_drawn_data
 from fixtures_video import write_video
 
 from llava_uhd.checkpoint.load import load_pretrained
 from llava_uhd.checkpoint.shapes import describe_recipe
 from llava_uhd.config.compression import CompressionConfig, resolve_schedule
 from llava_uhd.config.recipe import list_recipes, load_recipe
-from llava_uhd.data.synthetic import embedded_split
 from llava_uhd.text.templates import VIDEO_MARKER
 from llava_uhd.train.sequence import STAGES, make_plan
 from llava_uhd.train.stages import part_of
@@ -121,10 +120,7 @@ def test_video_fits_into_the_context() -> None:
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("llavolta")
-    for name in ("debug", "debug_mixed"):
-        embedded_split(name, "pretrain", folder / "playground/data")
-    return folder
+    return with_drawn_data(tmp_path_factory.mktemp("llavolta"))
 
 
 @pytest.fixture

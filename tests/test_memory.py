@@ -13,7 +13,13 @@ import pytest
 import torch
 from fixtures_runs import run_here
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    TrainingArguments,
+)
 
 from llava_uhd.errors import UserError
 from llava_uhd.images.cost import language_shape
@@ -27,6 +33,7 @@ from llava_uhd.train.memory import (
     batch_memory,
     checkpoint_bytes,
     layer_bytes,
+    model_bytes,
     state_memory,
 )
 from llava_uhd.train.preflight import Outlook, Room, check_room, gibibytes
@@ -209,3 +216,22 @@ def test_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     for word in ("Before the first step", "memory of a device", "of them visual", "tokens in all"):
         assert word in shown
+
+
+def test_what_an_earlier_start_left_is_room(tmp_path: Path) -> None:
+    """A run that goes on writes over its own checkpoints; weights that are loaded stay loaded."""
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    before = preflight.room(arguments, tmp_path)
+    (tmp_path / "checkpoint-3").mkdir()
+    (tmp_path / "checkpoint-3/optimizer.pt").write_bytes(bytes(2**24))
+    after = preflight.room(arguments, tmp_path, loaded=2.0**40)
+    assert after.disk == pytest.approx(before.disk, abs=2**23)
+    assert after.memory > 2.0**40
+
+
+def test_the_result_is_what_learned(tmp_path: Path) -> None:
+    model = nn.ModuleList([nn.Linear(10, 10, bias=False), nn.Linear(10, 10, bias=False)])
+    model[0].requires_grad_(False)
+    assert (model_bytes(model), model_bytes(model, whole=False)) == (800, 400)
+    assert checkpoint_bytes(model) == 100 * (4 + 8)
+    assert checkpoint_bytes(model, masters=True) == 100 * (4 + 8 + 4)

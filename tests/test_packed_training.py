@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
-import signal
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +16,7 @@ from fixtures_runs import (
     assert_same_run,
     break_at,
     run_here,
-    start,
+    run_on_two,
     steps,
     weights,
 )
@@ -219,22 +216,6 @@ def test_a_run_goes_on_with_its_rows(unbroken: Path, monkeypatch: pytest.MonkeyP
         _check_devices(plan_of(unbroken)["rows_per_step"], unbroken)
 
 
-def run_with_two(workplace: Path, *words: str) -> str:
-    """The real command as two processes; what it printed."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port))
-    process = start(workplace, "debug/finetune", *words, launcher=launcher)
-    try:
-        printed, errors = process.communicate(timeout=240)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 0, errors[-3000:]
-    return printed
-
-
 def assert_alike(first: Path, second: Path) -> None:
     """Up to the order in which sums are taken."""
     assert plan_of(first) == plan_of(second)
@@ -247,7 +228,7 @@ def assert_alike(first: Path, second: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_equal_one(unbroken: Path, tmp_path: Path) -> None:
-    printed = run_with_two(tmp_path, *LONG, "--deepspeed", "null")
+    printed = run_on_two(tmp_path, "debug/finetune", *LONG, "--deepspeed", "null")
     assert "a step has 2 rows = 1 accumulated x 2 devices" in printed
     assert_alike(unbroken, tmp_path / "checkpoints/debug/finetune")
 
@@ -258,7 +239,7 @@ def test_two_processes_go_on_where_one_stopped(
 ) -> None:
     words = (*LONG, "--deepspeed", "null")
     break_at(5, train, "debug/finetune", "out/grown", *words)
-    printed = run_with_two(workplace, *words, "--trainer.output_dir", "out/grown")
+    printed = run_on_two(workplace, "debug/finetune", *words, "--trainer.output_dir", "out/grown")
     assert "Going on from" in printed and "1 accumulated x 2 devices" in printed
     assert_alike(unbroken, workplace / "out/grown")
 

@@ -135,6 +135,7 @@ def test_debug_with_own_data_keeps_them() -> None:
         ("stray", r"'stray' belongs to no option"),
         ("--debug maybe", r"--debug takes no value"),
         ("--trainer.global_batch_size 0", r"global_batch_size must be at least 1"),
+        ("--trainer.hub_token abc", "set HF_TOKEN"),
     ],
 )
 def test_mistakes_are_named(words: str, message: str) -> None:

@@ -63,10 +63,10 @@ def test_four_stages_at_debug_size(
     assert seen == [ON8] * 4 + [ON2] * 2 + [ON2] * 4 + [OFF] * 2, "two micro-batches a step"
     printed = capsys.readouterr().out
     for line in (
-        "step 0: compression stage 1 of 4: after layer 1, stride 8",
-        "step 2: compression stage 2 of 4: after layer 1, stride 2",
-        "step 3: compression stage 3 of 4: after layer 1, stride 2",
-        "step 5: compression stage 4 of 4: off",
+        "from step 1: compression stage 1 of 4: after layer 1, stride 8",
+        "from step 3: compression stage 2 of 4: after layer 1, stride 2",
+        "from step 4: compression stage 3 of 4: after layer 1, stride 2",
+        "from step 6: compression stage 4 of 4: off",
     ):
         assert printed.count(line) == 1
     assert "compression schedule four_stage (avgpool1d)" in printed and "1 - 2" in printed
@@ -106,8 +106,8 @@ def test_forward_passes_are_counted_over_epochs_that_end_early(
     assert seen == [ON8] * 4 + [ON2] * 6 + [OFF] * 6
     printed = capsys.readouterr().out
     for line in (
-        "step 1, micro-batch 2: compression stage 2 of 3: after layer 1, stride 2",
-        "step 3, micro-batch 3: compression stage 3 of 3: off",
+        "from step 2, micro-batch 2: compression stage 2 of 3: after layer 1, stride 2",
+        "from step 4, micro-batch 3: compression stage 3 of 3: off",
     ):
         assert line in printed
     rows = [line.split() for line in printed.splitlines() if "stride 8" in line and "│" in line]

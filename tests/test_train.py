@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +16,7 @@ from fixtures_runs import (
     Train,
     assert_same_run,
     break_at,
+    run_on_two,
     start,
     steps,
     weights,
@@ -286,18 +284,8 @@ def test_texts_and_images_mixed(train: Train, workplace: Path) -> None:
 def test_two_processes_equal_one(workplace: Path, train: Train, tmp_path: Path) -> None:
     words = (*FROM_NOTHING, "--deepspeed", "null", "--trainer.per_device_train_batch_size", "1")
     alone = train("debug/finetune", "out/alone", *words)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port))
     # A folder of its own: the processes also share the drawing of the data.
-    process = start(tmp_path, "debug/finetune", *words, launcher=launcher)
-    try:
-        printed, errors = process.communicate(timeout=240)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 0, errors[-3000:]
+    printed = run_on_two(tmp_path, "debug/finetune", *words)
     assert "global batch 4 = 1 per device x 2 accumulated x 2 devices" in printed
     together = tmp_path / "checkpoints/debug/finetune"
     for first, second in zip(steps(alone), steps(together), strict=True):

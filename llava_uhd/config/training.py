@@ -151,6 +151,11 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         if self.output_dir is not None and not self.output_dir.strip():
             raise UserError("trainer.output_dir is empty: name a folder, or leave it out")
+        if self.arguments.get("hub_token") is not None:
+            raise UserError(
+                "trainer.hub_token would be written into the output folder with the recipe: log in "
+                "with 'hf auth login', or set HF_TOKEN"
+            )
         rate = self.arguments.get("learning_rate")
         if rate is not None and rate < 0:
             raise UserError(f"trainer.learning_rate must not be negative, got {rate}")

@@ -138,7 +138,8 @@ def announce_batches(
     packing = samples.packing if isinstance(samples, PackedSamples) else None
     slots = None if packing is None else packing.budget
     dataset = samples if isinstance(samples, ConversationDataset) else samples.samples
-    preflight(recipe, arguments, parts.model, dataset, length, slots)
+    whole = not (recipe.lora.enabled or learns_only_projector(recipe, parts))
+    preflight(recipe, arguments, parts.model, dataset, length, whole, slots)
     announce_compression(recipe.compression, parts.model, length)
 
 

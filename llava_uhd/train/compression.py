@@ -196,8 +196,8 @@ class ScheduledCompression(TrainerCallback):
         if not is_first_rank():
             return
         stage, of = self.schedule.stages[number], len(self.schedule.stages)
-        place = f", micro-batch {micro + 1}" if micro else ""
-        say(f"step {step}{place}: compression stage {number + 1} of {of}: {stage.described}")
+        place = f"step {step + 1}" + (f", micro-batch {micro + 1}" if micro else "")
+        say(f"from {place}: compression stage {number + 1} of {of}: {stage.described}")
         append_stage(self.folder, step, number + 1, of, logged(stage))
 
     def logged(self, step: int) -> dict[str, int]:

@@ -24,7 +24,7 @@ ENGINES = {
 }
 
 
-def facts_of(trainer: Trainer) -> dict[str, Any]:
+def seal_facts(trainer: Trainer) -> dict[str, Any]:
     """What decides whether a checkpoint can be gone on from; it stands in the seal."""
     args = trainer.args
     engine = "deepspeed" if trainer.is_deepspeed_enabled else "plain"
@@ -49,7 +49,7 @@ def fitting(trainer: Trainer, checkpoint: Path) -> Path:
     Raises:
         UserError: it was written by another engine, or with another global batch.
     """
-    then, now = read_json(checkpoint / SEAL_FILE), facts_of(trainer)
+    then, now = read_json(checkpoint / SEAL_FILE), seal_facts(trainer)
     processes = f"{then['ranks']} process{'es' if then['ranks'] > 1 else ''}"
     if then["engine"] != now["engine"]:
         raise UserError(

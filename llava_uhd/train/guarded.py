@@ -21,7 +21,7 @@ from transformers import Trainer
 
 from llava_uhd.errors import STOPPED_STATUS, UserError
 from llava_uhd.train.diagnostics import write_bundle
-from llava_uhd.train.elastic import facts_of, fitting, mend, settings_of
+from llava_uhd.train.elastic import fitting, mend, seal_facts, settings_of
 from llava_uhd.train.saving import (
     SEAL_FILE,
     UNFINISHED,
@@ -290,7 +290,7 @@ class GuardedTrainer(Trainer):
         with self._all_or_none(output, source):
             if self.args.should_save:
                 self._settle_best(source, target)
-                seal(source, step=step, **facts_of(self))
+                seal(source, step=step, **seal_facts(self))
                 publish(source, target)
                 keep, best = self.args.save_total_limit, self.state.best_model_checkpoint
                 rotate(output, keep, best)

@@ -187,16 +187,22 @@ def _tower_activations(
     return _layers(built_tower_layers(config), each, kept, checkpointing)
 
 
-def checkpoint_bytes(model: nn.Module, optimizer: str = "adamw_torch") -> float:
-    """Bytes of a checkpoint in the middle of a run: what learns, and its optimizer."""
-    total = 0.0
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            kept = OPTIMIZER_BYTES.get(optimizer, 8)
-            total += parameter.numel() * (parameter.element_size() + kept)
-    return total
+def checkpoint_bytes(
+    model: nn.Module, optimizer: str = "adamw_torch", masters: bool = False
+) -> float:
+    """Bytes of a checkpoint in the middle of a run: what learns, and its optimizer.
+
+    Args:
+        model: see `state_memory`.
+        optimizer: see `state_memory`.
+        masters: see `state_memory`.
+    """
+    kept = OPTIMIZER_BYTES.get(optimizer, 8) + (4 if masters else 0)
+    learning = [each for each in model.parameters() if each.requires_grad]
+    return float(sum(each.numel() * (each.element_size() + kept) for each in learning))
 
 
-def model_bytes(model: nn.Module) -> float:
-    """Bytes of the weights."""
-    return float(sum(each.numel() * each.element_size() for each in model.parameters()))
+def model_bytes(model: nn.Module, whole: bool = True) -> float:
+    """Bytes of the weights, or only of those that learn."""
+    kept = [each for each in model.parameters() if whole or each.requires_grad]
+    return float(sum(each.numel() * each.element_size() for each in kept))

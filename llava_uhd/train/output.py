@@ -28,6 +28,7 @@ _HARMLESS = (
     "dataloader_num_workers",
     "disable_tqdm",
     "max_grad_norm_stop",
+    "check_room",
     "output_dir",
     "eval_strategy",
     "eval_steps",

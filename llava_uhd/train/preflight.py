@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -155,6 +156,7 @@ def look_ahead(
     model: LlavaUHDForConditionalGeneration,
     samples: Sequence[Facts],
     length: RunLength,
+    whole: bool = True,
     slots: int | None = None,
 ) -> Outlook:
     """Estimates of a run.
@@ -165,6 +167,7 @@ def look_ahead(
         model: with its learning parts chosen.
         samples: some of its data.
         length: of the run.
+        whole: the result is a whole model, not only what learned.
         slots: tokens of a packed row; None: rows are padded.
     """
     learning = {
@@ -191,9 +194,9 @@ def look_ahead(
         visual=sum(facts.visual for facts in samples) / len(samples),
         longest=max(facts.tokens for facts in samples),
         flops=_flops(recipe, model, samples),
-        checkpoint=checkpoint_bytes(model, optimizer),
+        checkpoint=checkpoint_bytes(model, optimizer, masters),
         checkpoints=saves,
-        result=model_bytes(model),
+        result=model_bytes(model, whole),
     )
 
 
@@ -209,25 +212,32 @@ def _flops(
         return None  # a part without a formula
 
 
-def room(arguments: TrainingArguments, folder: Path) -> Room:
-    """What the machine has."""
-    disk = float(shutil.disk_usage(folder).free)
+def room(arguments: TrainingArguments, folder: Path, loaded: float = 0.0) -> Room:
+    """What the machine has for a run.
+
+    Args:
+        arguments: of it.
+        folder: output folder. What an earlier start left there counts as room: it is used again.
+        loaded: bytes of the weights, which already lie in the memory of the host.
+    """
+    left = sum(each.stat().st_size for each in folder.glob("checkpoint-*/**/*") if each.is_file())
+    disk = float(shutil.disk_usage(folder).free + left)
     if arguments.device.type == "cuda":
         index = arguments.device.index or 0
-        name = torch.cuda.get_device_name(index)
-        total = float(torch.cuda.get_device_properties(index).total_memory)
-        return Room(total, name, disk)
-    return Room(_host_memory() / world_size(), "memory of this host", disk)
+        free = float(torch.cuda.mem_get_info(index)[0])
+        return Room(free, f"{torch.cuda.get_device_name(index)} (free)", disk)
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return Room(_host_memory() / here + loaded, "memory of this host", disk)
 
 
 def _host_memory() -> float:
-    """Bytes that the host can give."""
+    """Bytes that the host can still give; infinite where it does not tell."""
     try:
         for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("MemAvailable:"):
                 return float(line.split()[1]) * 1024
     except OSError:
-        pass
+        pass  # no Linux
     return float("inf")
 
 
@@ -321,6 +331,7 @@ def preflight(
     model: LlavaUHDForConditionalGeneration,
     dataset: ConversationDataset,
     length: RunLength,
+    whole: bool = True,
     slots: int | None = None,
 ) -> None:
     """Says what the run will need, and refuses what cannot fit.
@@ -331,6 +342,7 @@ def preflight(
         model: with its learning parts chosen.
         dataset: of the run.
         length: of the run.
+        whole: the result is a whole model, not only what learned.
         slots: tokens of a packed row; None: rows are padded.
 
     Raises:
@@ -339,8 +351,9 @@ def preflight(
     samples = sampled_facts(dataset)
     if not samples:
         return  # the run itself says what is wrong with its data
-    outlook = look_ahead(recipe, arguments, model, samples, length, slots)
-    here, devices = room(arguments, Path(recipe.output_dir)), world_size()
+    outlook = look_ahead(recipe, arguments, model, samples, length, whole, slots)
+    here = room(arguments, Path(recipe.output_dir), model_bytes(model))
+    devices = world_size()
     rows = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
     in_step = float(rows * devices)
     if slots is not None:
