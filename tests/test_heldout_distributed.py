@@ -6,8 +6,7 @@ import importlib.util
 from pathlib import Path
 
 import pytest
-from fixtures_runs import run_here, steps
-from test_distributed import train_on_two
+from fixtures_runs import run_here, run_on_two, steps
 
 from llava_uhd.train.heldout_page import read_answers
 from llava_uhd.train.log import read_log
@@ -32,7 +31,7 @@ def test_losses_are_those_of_one_process(
     recipe = "onevision/stage2_ov_qwen2_7b"
     alone = run_here(tmp_path, recipe, "alone", *WORDS, "--deepspeed", "null")
     output = ("--trainer.output_dir", "two")
-    train_on_two(tmp_path, recipe, *WORDS, "--deepspeed", deepspeed, *output)
+    run_on_two(tmp_path, recipe, *WORDS, "--deepspeed", deepspeed, *output)
     two = tmp_path / "two"
     for one, other in zip(steps(alone), steps(two), strict=True):
         assert other["loss"] == pytest.approx(one["loss"], abs=1e-4)
