@@ -4,6 +4,8 @@
 
     python -m llava_uhd.eval run CHECKPOINT [--tasks A,B]    answers and scores
     python -m llava_uhd.eval score RESULTS_DIR               scores saved answers again
+    python -m llava_uhd.eval score --task TASK --data-root DIR --answers FILE --output OUT.json
+                                                             scores a published answers file
     python -m llava_uhd.eval list                            tasks, and where their data come from
 """
 
@@ -34,15 +36,16 @@ from llava_uhd.checkpoint.compression import (
 from llava_uhd.checkpoint.load import load_pretrained, parse_dtype
 from llava_uhd.checkpoint.sources import find_checkpoint, resolve_folder
 from llava_uhd.checkpoint.weights import read_json
-from llava_uhd.errors import UserError, command
-from llava_uhd.eval.answers import SETTINGS_FILE
+from llava_uhd.errors import UserError, command, make_folder
+from llava_uhd.eval.answers import SETTINGS_FILE, write_json
 from llava_uhd.eval.generate import Answerer, Limits
+from llava_uhd.eval.offline import score_file
 from llava_uhd.eval.provenance import data_digest, model_digest, provenance
 from llava_uhd.eval.ranks import Ranks
 from llava_uhd.eval.results import RESULTS_NAME, TaskResult, write_results
 from llava_uhd.eval.runner import RUN_FILE, Job, make_limits, prepare, run_job, score_again
 from llava_uhd.eval.task import DATA_ROOT, Task
-from llava_uhd.eval.tasks import TASKS
+from llava_uhd.eval.tasks import TASKS, find_task
 from llava_uhd.model.devices import choose_device, choose_dtype
 
 
@@ -75,7 +78,15 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     run.add_argument("--vision-tower", help="folder of a tower that replaces the checkpoint's")
     add_options(run)
     score = commands.add_parser("score", help="score saved answers again, without a model")
-    score.add_argument("results", type=Path, help="folder that a run wrote")
+    score.add_argument("results", type=Path, nargs="?", help="folder that a run wrote")
+    score.add_argument("--task", help="score an answers file of this task instead")
+    score.add_argument("--answers", type=Path, help="with --task: file in the published layout")
+    score.add_argument("--output", type=Path, help="with --task: JSON file to write")
+    score.add_argument(
+        "--compatible",
+        action="store_true",
+        help="with --task: as the published scorer, oddities too",
+    )
     score.add_argument("--data-root", type=Path, help="default: where the run found them")
     listing = commands.add_parser("list", help="tasks and their data")
     listing.add_argument("--data-root", type=Path, help=f"default: {DATA_ROOT}")
@@ -108,7 +119,7 @@ def choose_tasks(names: str | None, data_root: Path | None, console: Console) ->
         chosen = [name.strip() for name in names.split(",") if name.strip()]
         if not chosen:
             raise UserError(f"--tasks '{names}' names no task (known: {', '.join(TASKS.names())})")
-        tasks = [TASKS.get(name) for name in dict.fromkeys(chosen)]
+        tasks = list(dict.fromkeys(find_task(name) for name in chosen))
         missing = [task.missing(task.root(data_root)) for task in tasks]
         if any(missing):
             raise UserError("; ".join(filter(None, missing)))
@@ -253,7 +264,11 @@ def show(results: list[TaskResult]) -> None:
 
 
 def score_command(options: argparse.Namespace) -> int:
-    """``score``: every task of a results folder, from its saved answers."""
+    """``score``: every task of a results folder from its saved answers, or an answers file."""
+    if options.task is not None:
+        return score_published(options)
+    if options.results is None:
+        raise UserError("score: name a results folder, or --task TASK --answers FILE")
     folders = [path.parent for path in sorted(options.results.glob(f"*/{SETTINGS_FILE}"))]
     if not folders:
         raise UserError(
@@ -264,6 +279,27 @@ def score_command(options: argparse.Namespace) -> int:
         score_again(folder, TASKS.get(folder.name), options.data_root)
     recorded = read_json(folders[0] / RUN_FILE).get("checkpoint", options.results)
     return report(options.results, str(recorded), [folder.name for folder in folders])
+
+
+def score_published(options: argparse.Namespace) -> int:
+    """``score --task``: an answers file in the published layout."""
+    if options.results is not None or options.answers is None:
+        raise UserError("score --task TASK needs --answers FILE, and no results folder")
+    task = find_task(options.task)
+    result = score_file(
+        task, options.data_root, options.answers, "published" if options.compatible else "default"
+    )
+    if options.output is not None:
+        make_folder(options.output.parent, "output folder")
+        write_json(options.output, result)
+    table = Table("metric", "score")
+    for name, value in result["scores"].items():
+        table.add_row(escape(name), f"{value:.6g}")
+    console = Console()
+    console.print(table)
+    count = f"{len(result['items'])} items of {task.title}"
+    console.print(count, markup=False, highlight=False, soft_wrap=True)
+    return 0
 
 
 def list_tasks(options: argparse.Namespace) -> int:

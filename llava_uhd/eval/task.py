@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from llava_uhd.errors import UserError
+from llava_uhd.eval import published
 from llava_uhd.eval.metrics import grouped, mean_of_each
 from llava_uhd.images.pixels import ImageSource
 from llava_uhd.registry import Registry
 from llava_uhd.text.templates import IMAGE_MARKER, Turn
 
 DATA_ROOT = Path("playground/data/eval")
+
+Mode = Literal["default", "published"]
+Answers = Mapping[str | int, str]
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,8 @@ class Item:
         reference: whatever the scorer compares with.
         history: earlier turns of the conversation, with their own image markers.
         groups: group -> value, for breakdowns; for instance ``{"size": "256x128"}``.
+        published_id: the published id where it is not unique, and ``id`` is made of more.
+        extra: what else the published layouts or the scorer need.
     """
 
     id: str | int
@@ -36,6 +43,13 @@ class Item:
     reference: Any = None
     history: tuple[Turn, ...] = ()
     groups: Mapping[str, str] = field(default_factory=dict)
+    published_id: str | int | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def question_id(self) -> str | int:
+        """The id that published files use."""
+        return self.id if self.published_id is None else self.published_id
 
 
 @dataclass(frozen=True)
@@ -67,6 +81,12 @@ class Task(ABC):
         max_new_tokens: most tokens of an answer.
         beams: of beam search; 1 is greedy.
         version: raised whenever prompts or scores change, so that old answers are not mixed in.
+        local: False where only a server, a judge or a person can score the answers.
+        unanswered: what `published_answers` makes of a question without an answer: an error, a
+            wrong answer (scored as `missing_text`), or a question that does not count.
+        missing_text: stands for an answer that is not there.
+        scored_by: name of the task that scores answers locally, for instance on another split.
+        mode: "published" follows every oddity of the published scorer; see the documentation.
     """
 
     name: str
@@ -77,6 +97,17 @@ class Task(ABC):
     max_new_tokens: int = 128
     beams: int = 1
     version: int = 1
+    local: bool = True
+    unanswered: Literal["error", "wrong", "skip"] = "error"
+    missing_text: str = ""
+    scored_by: str | None = None
+    mode: Mode = "default"
+
+    def in_mode(self, mode: Mode) -> Task:
+        """A copy of the task that scores in another mode."""
+        other = copy.copy(self)
+        other.mode = mode
+        return other
 
     def root(self, data_root: Path | None) -> Path:
         """Folder of this task's data.
@@ -88,7 +119,11 @@ class Task(ABC):
 
     @abstractmethod
     def files(self, root: Path) -> list[Path]:
-        """Files that must be there, under the task's folder ``root``."""
+        """Files and image folders that must be there, under the task's folder ``root``."""
+
+    def gold_files(self, root: Path) -> list[Path]:
+        """What scoring needs of `files`: all that is no folder of images."""
+        return [file for file in self.files(root) if file.suffix]
 
     @abstractmethod
     def items(self, root: Path) -> Iterable[Item]:
@@ -127,24 +162,79 @@ class Task(ABC):
             }
         return tables
 
-    def missing(self, root: Path) -> str | None:
-        """None if the data are there, else one line: which file, and where to get it."""
-        absent = [file for file in self.files(root) if not file.exists()]
+    def gold_items(self, root: Path) -> Iterable[Item]:
+        """Questions that can be scored, without images; overridden where questions to answer and
+        questions to score are listed in different files.
+        """
+        return self.items(root)
+
+    def read_published(self, root: Path, file: Path) -> dict[str | int, str]:
+        """Answers that another program wrote: item id -> text, in the order of the file.
+
+        Args:
+            root: folder of the task's data.
+            file: in the published layout; JSONL with ``question_id``, ``text`` and ``prompt``
+                unless a benchmark's published scorer reads something else.
+
+        Raises:
+            UserError: a damaged file, or an id that occurs twice.
+        """
+        return published.read_answers(file)
+
+    def published_row(self, item: Item, answer: str, model: str) -> dict[str, Any]:
+        """The line of the published answers layout.
+
+        Args:
+            item: the question.
+            answer: generated text.
+            model: name of the model.
+        """
+        return published.answer_row(item.question_id, item.question, answer, model)
+
+    def submission(
+        self, root: Path, items: Sequence[Item], answers: Answers
+    ) -> list[tuple[str, bytes]]:
+        """Files to upload or that other scorers read: (file name, content); mostly none.
+
+        Args:
+            root: folder of the task's data.
+            items: all of the task.
+            answers: by item id; some may be missing.
+
+        Raises:
+            UserError: what the server would refuse.
+        """
+        return []
+
+    def missing(self, root: Path, gold: bool = False) -> str | None:
+        """None if the data are there, else one line: which file, and where to get it.
+
+        Args:
+            root: folder of the task's data.
+            gold: ask only for what scoring needs.
+        """
+        files = self.gold_files(root) if gold else self.files(root)
+        absent = [file for file in files if not file.exists()]
         if not absent:
             return None
         more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
         return f"{self.name}: {absent[0]}{more} is missing; {self.source}"
 
-    def load(self, root: Path, limit: int | None = None) -> list[Item]:
+    def load(self, root: Path, limit: int | None = None, gold: bool = False) -> list[Item]:
         """All items (the first ``limit`` of them), checked.
+
+        Args:
+            root: folder of the task's data.
+            limit: so many, or None for all.
+            gold: for scoring only: no images are asked for.
 
         Raises:
             UserError: missing data, no items, or an id that occurs twice.
         """
-        message = self.missing(root)
+        message = self.missing(root, gold)
         if message:
             raise UserError(message)
-        items = list(self.items(root))
+        items = list(self.gold_items(root) if gold else self.items(root))
         if not items:
             raise UserError(f"{self.name}: {root} holds no questions")
         seen: set[str | int] = set()

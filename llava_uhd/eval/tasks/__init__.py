@@ -1,8 +1,27 @@
 """The benchmarks, one file each. To add one: write it, import it, register it here."""
 
-from llava_uhd.eval.task import TASKS
+from llava_uhd.eval.task import TASKS, Task
 from llava_uhd.eval.tasks.synthetic import Synthetic
+
+# Further names that scripts and papers use.
+ALIASES = {
+    "sqa": "scienceqa",
+    "seed": "seed_bench",
+    "llavabench": "llava_bench",
+}
 
 TASKS.add(Synthetic.name, Synthetic())
 
-__all__ = ["TASKS"]
+
+def find_task(name: str) -> Task:
+    """A task by its name or by a further name; capitals, "-" and "_" do not matter.
+
+    Raises:
+        UserError: unknown name.
+    """
+    plain = name.strip().lower().replace("-", "_")
+    plain = ALIASES.get(plain, plain)
+    return TASKS.get(plain if plain in TASKS else name.strip())
+
+
+__all__ = ["ALIASES", "TASKS", "find_task"]
