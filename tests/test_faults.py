@@ -122,6 +122,7 @@ def test_a_loss_that_is_no_number(
     assert report["not_finite_parameters"] > 0 and math.isnan(report["gradient_norm"])
     micro = own["micro_batches"]
     assert len(micro) == 2 and math.isfinite(micro[0]["loss"]) and math.isnan(micro[1]["loss"])
+    monkeypatch.chdir(unbroken.parents[1])  # its pictures lie below
     samples = trainer.train_dataset
     for entry, ids in zip(micro, watched.inputs, strict=True):
         assert len(entry["samples"]) == len(ids) == 2
@@ -134,7 +135,10 @@ def test_a_loss_that_is_no_number(
 
 
 def test_samples_of_a_packed_step_are_named(
-    train: Train, unbroken: Path, spoil: Callable[..., Watched]
+    train: Train,
+    unbroken: Path,
+    spoil: Callable[..., Watched],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     watched = spoil(5, loss=math.nan, gradient=math.nan, micro=1)
     words = (*FROM_NOTHING, "--trainer.max_steps", "7", "--data.batching", "packed",
@@ -143,6 +147,7 @@ def test_samples_of_a_packed_step_are_named(
         train(RECIPE, "out/nan_packed", *words)
     assert watched.trainer is not None
     _, own = bundle(unbroken.parent / "nan_packed", 6)
+    monkeypatch.chdir(unbroken.parents[1])
     samples = watched.trainer.train_dataset.samples
     assert len(own["micro_batches"]) == len(watched.inputs) > 1
     for entry, ids in zip(own["micro_batches"], watched.inputs, strict=True):
