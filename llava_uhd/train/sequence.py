@@ -232,13 +232,21 @@ def call(script: Path, *words: str) -> int:
 
     Signals are passed on to it, which may take its time to end.
     """
-    process = subprocess.Popen(["sh", str(script), *words])
+    process: subprocess.Popen[bytes] | None = None
+    early: list[int] = []
 
     def pass_on(number: int, frame: FrameType | None) -> None:
-        process.send_signal(number)
+        if process is None:
+            early.append(number)
+        else:
+            process.send_signal(number)
 
+    # Before it starts: a signal that comes a moment later must not leave it alone.
     before = {number: signal.signal(number, pass_on) for number in SIGNALS}
     try:
+        process = subprocess.Popen(["sh", str(script), *words])
+        for number in early:
+            process.send_signal(number)
         status = process.wait()
     finally:
         for number, handler in before.items():
