@@ -72,3 +72,8 @@ def mean_of_each(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: mean(row[name] for row in rows if name in row) for name in names}
+
+
+def percent_of_each(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """`mean_of_each` times 100, as most benchmarks are reported."""
+    return {name: 100 * value for name, value in mean_of_each(rows).items()}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_uhd.errors import UserError
-from llava_uhd.eval.task import Item, Mode, Scored, Task
+from llava_uhd.eval.task import TASKS, Item, Mode, Parsed, Scored, Task
 
 logger = logging.getLogger(__name__)
 
@@ -25,12 +25,16 @@ def score_file(
         mode: "published" follows the oddities of the published scorer too.
 
     Returns:
-        ``task``, ``scores``, ``breakdown``, ``items`` (``id``, ``score``, what was read, and more),
-        ``missing`` (ids without an answer) and ``mode``.
+        ``task``, ``scored_as`` (the task that scores it, see `Task.scored_by`), ``mode``,
+        ``scores``, ``breakdown``, ``missing`` (ids without an answer) and ``items`` (``id``,
+        ``score``, what was read, and more).
 
     Raises:
         UserError: missing data, a damaged file, missing or foreign answers.
     """
+    name = task.name
+    if not task.local and task.scored_by is not None:
+        task = TASKS.get(task.scored_by)
     task = task.in_mode(mode)
     root = task.root(data_root)
     if not task.local:
@@ -41,7 +45,8 @@ def score_file(
     answers = task.read_published(root, file)
     scored, missing = score_all(task, items, answers, str(file))
     return {
-        "task": task.name,
+        "task": name,
+        "scored_as": task.name,
         "mode": mode,
         "scores": task.aggregate(scored),
         "breakdown": task.breakdown(scored),
@@ -89,10 +94,12 @@ def score_all(
         in_order = [*(known[key] for key in answers), *absent]
     scored = []
     for item in in_order:
-        if item.id in answers or task.unanswered == "wrong":
-            text = answers.get(item.id, task.missing_text)
-            parsed = task.parse(item, text)
-            scored.append(Scored(item, text, parsed, task.score(item, parsed)))
+        text = answers.get(item.id)
+        if text is not None or task.unanswered == "wrong":
+            answer = task.missing_text if text is None else text
+            parsed = str(answer) if isinstance(answer, Parsed) else task.parse(item, answer)
+            metrics = task.score(item, parsed)
+            scored.append(Scored(item, answer, parsed, metrics, answered=text is not None))
     return scored, missing
 
 

@@ -128,13 +128,14 @@ def score_answers(
     scores = task.aggregate(scored)
     main = [each.metrics[task.main_metric] for each in scored if task.main_metric in each.metrics]
     # Only where the score is a plain mean does its error follow from the items.
-    plain = bool(main) and math.isclose(mean(main), scores.get(task.main_metric, math.nan))
+    score = scores.get(task.main_metric, math.nan)
+    unit = next((unit for unit in (1, 100) if main and math.isclose(unit * mean(main), score)), 0)
     result = TaskResult(
         task=task.name,
         title=task.title,
         metric=task.main_metric,
         scores=scores,
-        error=standard_error(main) if plain else None,
+        error=unit * standard_error(main) if unit else None,
         items=len(scored),
         counts={name: count for name, count in _counts(scored).items() if name in scores},
         of=total,

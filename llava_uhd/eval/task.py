@@ -22,6 +22,10 @@ Mode = Literal["default", "published"]
 Answers = Mapping[str | int, str]
 
 
+class Parsed(str):
+    """An answer that a published converter has parsed before: it is scored as it stands."""
+
+
 @dataclass(frozen=True)
 class Item:
     """One question.
@@ -61,12 +65,14 @@ class Scored:
         answer: generated text.
         parsed: what the scorer read out of it.
         metrics: metric -> value of this item.
+        answered: False where the answer is missing and counts as wrong.
     """
 
     item: Item
     answer: str
     parsed: str
     metrics: Mapping[str, float]
+    answered: bool = True
 
 
 class Task(ABC):
@@ -86,6 +92,7 @@ class Task(ABC):
             wrong answer (scored as `missing_text`), or a question that does not count.
         missing_text: stands for an answer that is not there.
         scored_by: name of the task that scores answers locally, for instance on another split.
+        scale: published numbers are the main metric times this.
         mode: "published" follows every oddity of the published scorer; see the documentation.
     """
 
@@ -101,6 +108,7 @@ class Task(ABC):
     unanswered: Literal["error", "wrong", "skip"] = "error"
     missing_text: str = ""
     scored_by: str | None = None
+    scale: float = 1.0
     mode: Mode = "default"
 
     def in_mode(self, mode: Mode) -> Task:
@@ -194,7 +202,7 @@ class Task(ABC):
     def submission(
         self, root: Path, items: Sequence[Item], answers: Answers
     ) -> list[tuple[str, bytes]]:
-        """Files to upload or that other scorers read: (file name, content); mostly none.
+        """Files to upload, or that published scorers read: (file name, content); mostly none.
 
         Args:
             root: folder of the task's data.
@@ -205,6 +213,18 @@ class Task(ABC):
             UserError: what the server would refuse.
         """
         return []
+
+    def check_submission(self, root: Path, file: Path) -> None:
+        """Looks whether a file has the format that `submission` writes.
+
+        Args:
+            root: folder of the task's data.
+            file: to be uploaded.
+
+        Raises:
+            UserError: the first thing that the server would refuse.
+        """
+        raise UserError(f"{self.name} has no file to upload")
 
     def missing(self, root: Path, gold: bool = False) -> str | None:
         """None if the data are there, else one line: which file, and where to get it.

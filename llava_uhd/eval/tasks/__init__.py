@@ -2,6 +2,9 @@
 
 from llava_uhd.eval.task import TASKS, Task
 from llava_uhd.eval.tasks.synthetic import Synthetic
+from llava_uhd.eval.tasks.textvqa import TextVQA, TextVQAWithoutOCR
+from llava_uhd.eval.tasks.vizwiz import VizWiz, VizWizVal
+from llava_uhd.eval.tasks.vqav2 import VQAv2, VQAv2Val
 
 # Further names that scripts and papers use.
 ALIASES = {
@@ -11,6 +14,12 @@ ALIASES = {
 }
 
 TASKS.add(Synthetic.name, Synthetic())
+TASKS.add(VQAv2.name, VQAv2())
+TASKS.add(VQAv2Val.name, VQAv2Val())
+TASKS.add(VizWiz.name, VizWiz())
+TASKS.add(VizWizVal.name, VizWizVal())
+TASKS.add(TextVQA.name, TextVQA())
+TASKS.add(TextVQAWithoutOCR.name, TextVQAWithoutOCR())
 
 
 def find_task(name: str) -> Task:
