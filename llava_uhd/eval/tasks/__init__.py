@@ -1,6 +1,10 @@
 """The benchmarks, one file each. To add one: write it, import it, register it here."""
 
 from llava_uhd.eval.task import TASKS, Task
+from llava_uhd.eval.tasks.ai2d import AI2D
+from llava_uhd.eval.tasks.chartqa import ChartQA
+from llava_uhd.eval.tasks.documents import ESTVQA, DeepForm, InfographicVQA
+from llava_uhd.eval.tasks.docvqa import DocVQA, DocVQATest
 from llava_uhd.eval.tasks.synthetic import Synthetic
 from llava_uhd.eval.tasks.textvqa import TextVQA, TextVQAWithoutOCR
 from llava_uhd.eval.tasks.vizwiz import VizWiz, VizWizVal
@@ -11,6 +15,9 @@ ALIASES = {
     "sqa": "scienceqa",
     "seed": "seed_bench",
     "llavabench": "llava_bench",
+    "docvqa_val": "docvqa",
+    "infovqa": "infographicvqa",
+    "infovqa_val": "infographicvqa",
 }
 
 TASKS.add(Synthetic.name, Synthetic())
@@ -20,6 +27,8 @@ TASKS.add(VizWiz.name, VizWiz())
 TASKS.add(VizWizVal.name, VizWizVal())
 TASKS.add(TextVQA.name, TextVQA())
 TASKS.add(TextVQAWithoutOCR.name, TextVQAWithoutOCR())
+for kind in (DocVQA, DocVQATest, InfographicVQA, DeepForm, ESTVQA, ChartQA, AI2D):
+    TASKS.add(kind.name, kind())
 
 
 def find_task(name: str) -> Task:
