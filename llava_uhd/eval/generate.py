@@ -16,6 +16,7 @@ from llava_uhd.errors import UserError
 from llava_uhd.eval.answers import Answer
 from llava_uhd.eval.task import Item, Task
 from llava_uhd.images.pixels import ImageSource
+from llava_uhd.images.video import VideoSource, frame_size, num_frames
 from llava_uhd.model.modeling import LlavaUHDForConditionalGeneration
 from llava_uhd.text.processor import LlavaUHDProcessor
 from llava_uhd.text.prompting import StopOnText, cut_at_stop, extra_stops, prompt_text
@@ -99,7 +100,14 @@ class Answerer:
         for source in item.images:
             size = image_size(source)
             total += self.processor.num_image_tokens(*size) if size else 0
-        return total
+        return total + sum(self._video_length(video) for video in item.videos)
+
+    def _video_length(self, video: VideoSource) -> int:
+        try:
+            frames = num_frames(video, self.processor.video_config)
+            return self.processor.num_video_tokens(frames, *frame_size(video))
+        except (OSError, UserError):
+            return 0  # answering it will say why
 
     def run(self, items: Sequence[Item]) -> Iterator[Outcome]:
         """Answers items in batches, in the order given.
@@ -124,7 +132,12 @@ class Answerer:
     def _inputs(self, items: Sequence[Item]) -> tuple[list[str], BatchFeature]:
         prompts = [self._prompt(item) for item in items]
         images = [list(item.images) for item in items]
-        inputs = self.processor(text=prompts, images=images if any(images) else None)
+        videos = [list(item.videos) for item in items]
+        inputs = self.processor(
+            text=prompts,
+            images=images if any(images) else None,
+            videos=videos if any(videos) else None,
+        )
         longest = int(inputs["attention_mask"].sum(1).max())
         if self.context is not None and longest > self.context:
             raise UserError(f"the prompt has {longest} tokens, the model takes {self.context}")

@@ -39,9 +39,9 @@ def score_file(
     root = task.root(data_root)
     if not task.local:
         raise UserError(f"{task.name} has no score without its server or a judge; {task.source}")
-    items = task.load(root, gold=True)
     if not file.is_file():
         raise UserError(f"answers file {file} does not exist")
+    items = task.gold_for(root, file)
     answers = task.read_published(root, file)
     scored, missing = score_all(task, items, answers, str(file))
     return {
@@ -89,7 +89,7 @@ def score_all(
         logger.warning("%s: %d questions have no answer and %s", name, len(missing), what)
     # Published scorers go through the file of answers, some with care for neighbours.
     in_order: Sequence[Item] = items
-    if task.mode == "published":
+    if task.mode == "published" or task.in_answer_order:
         absent = [known[key] for key in missing]
         in_order = [*(known[key] for key in answers), *absent]
     scored = []

@@ -67,6 +67,9 @@ def data_digest(task: Task, items: Iterable[Item]) -> str:
                     source = source.open().read()
                 content = source if isinstance(source, bytes) else source.tobytes()
                 images.append((hashlib.sha256(content).hexdigest(), len(content)))
+        for video in item.videos:
+            path = Path(str(video))
+            images.append((path.name, path.stat().st_size if path.is_file() else None))
         digest.update(repr((item.id, task.turns(item), images)).encode("utf-8", "replace"))
     return digest.hexdigest()[:16]
 

@@ -13,8 +13,9 @@ from llava_uhd.errors import UserError
 from llava_uhd.eval import published
 from llava_uhd.eval.metrics import grouped, mean_of_each
 from llava_uhd.images.pixels import ImageSource
+from llava_uhd.images.video import VideoSource
 from llava_uhd.registry import Registry
-from llava_uhd.text.templates import IMAGE_MARKER, Turn
+from llava_uhd.text.templates import IMAGE_MARKER, VIDEO_MARKER, Turn
 
 DATA_ROOT = Path("playground/data/eval")
 
@@ -39,6 +40,7 @@ class Item:
         groups: group -> value, for breakdowns; for instance ``{"size": "256x128"}``.
         published_id: the published id where it is not unique, and ``id`` is made of more.
         extra: what else the published layouts or the scorer need.
+        videos: files or folders of frames, in reading order.
     """
 
     id: str | int
@@ -49,6 +51,7 @@ class Item:
     groups: Mapping[str, str] = field(default_factory=dict)
     published_id: str | int | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
+    videos: tuple[VideoSource, ...] = ()
 
     @property
     def question_id(self) -> str | int:
@@ -93,6 +96,8 @@ class Task(ABC):
         missing_text: stands for an answer that is not there.
         scored_by: name of the task that scores answers locally, for instance on another split.
         scale: published numbers are the main metric times this.
+        in_answer_order: answers of a file are scored in its order also where the mode is not
+            "published".
         mode: "published" follows every oddity of the published scorer; see the documentation.
     """
 
@@ -109,6 +114,7 @@ class Task(ABC):
     missing_text: str = ""
     scored_by: str | None = None
     scale: float = 1.0
+    in_answer_order: bool = False
     mode: Mode = "default"
 
     def in_mode(self, mode: Mode) -> Task:
@@ -151,9 +157,11 @@ class Task(ABC):
 
     def turns(self, item: Item) -> list[Turn]:
         """The conversation that is sent: history, then the images in front of the question."""
-        earlier = sum(turn.text.count(IMAGE_MARKER) for turn in item.history)
-        markers = len(item.images) - earlier - item.question.count(IMAGE_MARKER)
-        return [*item.history, Turn("human", f"{IMAGE_MARKER}\n" * markers + item.question)]
+        text = item.question
+        for marker, given in ((VIDEO_MARKER, item.videos), (IMAGE_MARKER, item.images)):
+            earlier = sum(turn.text.count(marker) for turn in item.history)
+            text = f"{marker}\n" * (len(given) - earlier - item.question.count(marker)) + text
+        return [*item.history, Turn("human", text)]
 
     def aggregate(self, scored: Sequence[Scored]) -> dict[str, float]:
         """Scores of the task; the mean of each metric unless a benchmark says otherwise."""
@@ -175,6 +183,16 @@ class Task(ABC):
         questions to score are listed in different files.
         """
         return self.items(root)
+
+    def gold_for(self, root: Path, file: Path) -> list[Item]:
+        """Items that a file of answers is scored with; overridden where such a file may hold the
+        right answers itself.
+
+        Args:
+            root: folder of the task's data.
+            file: as for `read_published`.
+        """
+        return self.load(root, gold=True)
 
     def read_published(self, root: Path, file: Path) -> dict[str | int, str]:
         """Answers that another program wrote: item id -> text, in the order of the file.
