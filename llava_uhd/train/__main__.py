@@ -25,6 +25,7 @@ from llava_uhd.train.guarded import stopped, told_of_the_disk
 from llava_uhd.train.heldout import HeldOut, held_out_dataset
 from llava_uhd.train.log import CURVE_FILE, JsonLog, draw_loss, read_log
 from llava_uhd.train.lora import add_adapters, finish_adapters, lora_run, storage
+from llava_uhd.train.optimizers import check_optimizer, check_schedule
 from llava_uhd.train.output import agreed, is_finished, last_complete_checkpoint, prepare_output
 from llava_uhd.train.packed import announce_rows, pack, rows_of_device
 from llava_uhd.train.preflight import preflight
@@ -47,6 +48,8 @@ def main() -> int:
         say(f"{recipe.output_dir} is finished: nothing to do. Remove it to train again.")
         return 0
     # Everything that can be wrong with the inputs is found before the model is loaded.
+    check_optimizer(arguments, deepspeed)
+    check_schedule(arguments)
     check_parts(recipe.model)
     # The first process draws data and writes files; the others then find them complete.
     with arguments.main_process_first(local=False):

@@ -14,6 +14,7 @@ from transformers import Trainer
 
 from llava_uhd.checkpoint.weights import read_json
 from llava_uhd.errors import UserError
+from llava_uhd.train.optimizers import rounds_state
 from llava_uhd.train.saving import SEAL_FILE, UNFINISHED
 from llava_uhd.train.start import say
 
@@ -65,6 +66,11 @@ def fitting(trainer: Trainer, checkpoint: Path) -> Path:
         )
     if then["ranks"] == now["ranks"]:
         return checkpoint
+    if now["engine"] == "deepspeed" and rounds_state(trainer.args):
+        raise UserError(
+            f"{checkpoint} was written by {processes}, this run has {now['ranks']}: 8-bit state "
+            f"that DeepSpeed has shared out cannot be shared anew. Use NPROC={then['ranks']}"
+        )
     say(
         f"{checkpoint.name} was written by {processes}, now there are {now['ranks']}: global batch "
         "and order of the data stay"

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Sampler
 from transformers import (
     TrainerCallback,
@@ -31,6 +32,7 @@ from llava_uhd.train.guarded import GuardedTrainer
 from llava_uhd.train.heldout import HeldOut
 from llava_uhd.train.lora import LoraRun
 from llava_uhd.train.meter import Meter
+from llava_uhd.train.optimizers import make_optimizer, make_schedule
 from llava_uhd.train.sharding import Sharing
 from llava_uhd.train.stages import parameter_groups
 
@@ -75,6 +77,7 @@ class StageTrainer(GuardedTrainer):
 
     train_dataset: ConversationDataset | PackedSamples
     optimizer: torch.optim.Optimizer | None
+    lr_scheduler: LRScheduler | None
     control: TrainerControl
 
     def __init__(
@@ -138,9 +141,18 @@ class StageTrainer(GuardedTrainer):
                 self.args.weight_decay,
                 set(self.get_decay_parameter_names(target)),
             )
-            kind, options = self.get_optimizer_cls_and_kwargs(self.args, target)
-            self.optimizer = kind(groups, **options)
+            self.optimizer = make_optimizer(self.args, groups, target)
         return self.optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> LRScheduler:
+        """The recipe's schedule; shares of the run are steps now."""
+        if self.lr_scheduler is None:
+            target = self.create_optimizer() if optimizer is None else optimizer
+            self.lr_scheduler = make_schedule(self.args, target, num_training_steps)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # The library takes a step before it asks whether there is one left to take: a run that
