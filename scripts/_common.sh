@@ -67,15 +67,65 @@ become() { # COMMAND [ARGUMENT ...]
     printf '%s\n' "$line"
 }
 
+# Refuses a variable that is no whole number.
+whole_number() { # NAME VALUE WHAT
+    case $2 in "" | *[!0-9]*) fail "$1=$2 is not $3" ;; esac
+}
+
+# Prints the first machine of a list as SLURM writes it: node[01-04,7],other is node01.
+first_machine() { # LIST
+    if command -v scontrol >/dev/null 2>&1; then
+        scontrol show hostnames "$1" | head -n 1
+    else
+        printf '%s\n' "$1" | sed 's/^\([^[,]*\)\[\([^],-]*\)[^]]*\]\([^,]*\).*/\1\2\3/; s/,.*//'
+    fi
+}
+
+# Sets NNODES, NODE_RANK and MASTER_ADDR from what srun tells each of its tasks, where the user has
+# not: one task a machine, the first machine of the list is machine 0.
+use_slurm() {
+    [ -z "${NNODES:-}" ] && [ -n "${SLURM_JOB_ID:-}" ] || return 0
+    nodes=${SLURM_STEP_NUM_NODES:-${SLURM_NNODES:-1}}
+    [ "$nodes" -gt 1 ] || return 0
+    [ -n "${SLURM_STEP_ID:-}" ] ||
+        fail "SLURM gave $nodes machines, this is one of them: srun --ntasks-per-node 1 bash ..., or NNODES=1"
+    [ "${SLURM_STEP_NUM_TASKS:-${SLURM_NTASKS:-$nodes}}" = "$nodes" ] ||
+        fail "srun starts more than one task on a machine, the launcher starts the others: --ntasks-per-node 1"
+    NNODES=$nodes
+    NODE_RANK=${NODE_RANK:-${SLURM_NODEID:-}}
+    MASTER_ADDR=${MASTER_ADDR:-$(first_machine "${SLURM_STEP_NODELIST:-${SLURM_JOB_NODELIST:-}}")}
+}
+
+# Checks NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT: what is wrong there is a wait without end.
+check_machines() {
+    if [ -n "${NNODES:-}" ]; then
+        whole_number NNODES "$NNODES" "a number of machines"
+        [ "$NNODES" -ge 1 ] || fail "NNODES=$NNODES is not a number of machines"
+    fi
+    if [ -n "${MASTER_PORT:-}" ]; then
+        whole_number MASTER_PORT "$MASTER_PORT" "the number of a port"
+        [ "${#MASTER_PORT}" -le 5 ] && [ "$MASTER_PORT" -ge 1 ] && [ "$MASTER_PORT" -le 65535 ] ||
+            fail "MASTER_PORT=$MASTER_PORT is not the number of a port (1 to 65535)"
+    fi
+    [ "${NNODES:-1}" -gt 1 ] || return 0
+    [ -n "${NODE_RANK:-}" ] ||
+        fail "NNODES=$NNODES needs NODE_RANK on each machine: 0 on the first to $((NNODES - 1)) on the last"
+    whole_number NODE_RANK "$NODE_RANK" "the number of a machine"
+    [ "$NODE_RANK" -lt "$NNODES" ] ||
+        fail "NODE_RANK=$NODE_RANK: the machines of NNODES=$NNODES are 0 to $((NNODES - 1))"
+    [ -n "${MASTER_ADDR:-}" ] || fail "NNODES=$NNODES needs MASTER_ADDR, the address of machine 0"
+}
+
 # Runs a module in the repository: one process, or torchrun over the GPUs (NPROC) and the machines
 # (NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT). With --dry-run the command is printed instead.
 launch() { # MODULE [ARGUMENT ...]
+    use_slurm
+    check_machines
     use_python
     count=$(processes)
     cd "$root"
     if [ "${NNODES:-1}" -gt 1 ]; then
-        [ -n "${MASTER_ADDR:-}" ] || fail "NNODES=$NNODES needs MASTER_ADDR, the address of machine 0"
-        set -- --nnodes "$NNODES" --node_rank "${NODE_RANK:-0}" --master_addr "$MASTER_ADDR" \
+        set -- --nnodes "$NNODES" --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR" \
             --master_port "${MASTER_PORT:-29500}" --nproc_per_node "$count" -m "$@"
     elif [ "$count" -gt 1 ] && [ -n "${MASTER_PORT:-}" ]; then
         set -- --master_port "$MASTER_PORT" --nproc_per_node "$count" -m "$@"
