@@ -5,6 +5,15 @@ from llava_uhd.eval.tasks.ai2d import AI2D
 from llava_uhd.eval.tasks.chartqa import ChartQA
 from llava_uhd.eval.tasks.documents import ESTVQA, DeepForm, InfographicVQA
 from llava_uhd.eval.tasks.docvqa import DocVQA, DocVQATest
+from llava_uhd.eval.tasks.gqa import GQA
+from llava_uhd.eval.tasks.hrbench import HRBench4K, HRBench8K
+from llava_uhd.eval.tasks.mme import MME
+from llava_uhd.eval.tasks.mmmu import MMMU
+from llava_uhd.eval.tasks.ocrbench import OCRBench
+from llava_uhd.eval.tasks.pope import POPE
+from llava_uhd.eval.tasks.realworldqa import RealWorldQA
+from llava_uhd.eval.tasks.rec import REC
+from llava_uhd.eval.tasks.scienceqa import ScienceQA
 from llava_uhd.eval.tasks.synthetic import Synthetic
 from llava_uhd.eval.tasks.textvqa import TextVQA, TextVQAWithoutOCR
 from llava_uhd.eval.tasks.vizwiz import VizWiz, VizWizVal
@@ -13,22 +22,46 @@ from llava_uhd.eval.tasks.vqav2 import VQAv2, VQAv2Val
 # Further names that scripts and papers use.
 ALIASES = {
     "sqa": "scienceqa",
+    "scienceqa_img": "scienceqa",
     "seed": "seed_bench",
     "llavabench": "llava_bench",
     "docvqa_val": "docvqa",
     "infovqa": "infographicvqa",
     "infovqa_val": "infographicvqa",
+    "mmmu_val": "mmmu",
+    "mmmu_dev_val": "mmmu",
 }
 
-TASKS.add(Synthetic.name, Synthetic())
-TASKS.add(VQAv2.name, VQAv2())
-TASKS.add(VQAv2Val.name, VQAv2Val())
-TASKS.add(VizWiz.name, VizWiz())
-TASKS.add(VizWizVal.name, VizWizVal())
-TASKS.add(TextVQA.name, TextVQA())
-TASKS.add(TextVQAWithoutOCR.name, TextVQAWithoutOCR())
-for kind in (DocVQA, DocVQATest, InfographicVQA, DeepForm, ESTVQA, ChartQA, AI2D):
-    TASKS.add(kind.name, kind())
+_KINDS: tuple[type[Task], ...] = (
+    Synthetic,
+    VQAv2,
+    VQAv2Val,
+    VizWiz,
+    VizWizVal,
+    TextVQA,
+    TextVQAWithoutOCR,
+    GQA,
+    POPE,
+    MME,
+    ScienceQA,
+    kind,
+    kind,
+    DocVQA,
+    DocVQATest,
+    InfographicVQA,
+    DeepForm,
+    ESTVQA,
+    ChartQA,
+    AI2D,
+    REC,
+    OCRBench,
+    MMMU,
+    RealWorldQA,
+    HRBench4K,
+    HRBench8K,
+)
+for _kind in _KINDS:
+    TASKS.add(_kind.name, _kind())
 
 
 def find_task(name: str) -> Task:
