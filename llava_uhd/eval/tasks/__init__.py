@@ -44,8 +44,6 @@ _KINDS: tuple[type[Task], ...] = (
     POPE,
     MME,
     ScienceQA,
-    kind,
-    kind,
     DocVQA,
     DocVQATest,
     InfographicVQA,
