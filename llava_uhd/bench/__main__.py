@@ -7,11 +7,21 @@ A command is a module of this package with ``register(commands)``, which adds it
 from __future__ import annotations
 
 import argparse
+from types import ModuleType
 
 from llava_uhd.bench import compress, cost, encode, pack, project, train, upsample
 from llava_uhd.errors import command
 
-COMMANDS = (encode, cost, upsample, project, compress, train, pack)
+COMMANDS = (encode, cost, upsample, project, compress, loss, train, pack)
+
+
+def _about(module: ModuleType) -> str:
+    """A description by the first paragraph of a command's module, without its name.
+
+    Example: ```bench cost``: what a model takes.`` is ``What a model takes.``
+    """
+    told = " ".join((module.__doc__ or "").partition("\n\n")[0].partition("``: ")[2].split())
+    return told[:1].upper() + told[1:]
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -20,6 +30,8 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for module in COMMANDS:
         module.register(commands)
+        added = commands.choices[module.__name__.rpartition(".")[2]]
+        added.description = added.description or _about(module)
     return parser
 
 

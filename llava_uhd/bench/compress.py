@@ -44,6 +44,14 @@ JUDGED = {"2/8": "heavy (2/8)", "four_stage": "four_stage"}
 SCHEMES = "1/8,2/8,2/2,6/8,6/2,0/8,-1/8,four_stage"
 TITLES = {WHOLE: "forward and backward", FORWARD: "forward"}
 
+ABOUT = (
+    "What visual context compression saves. First the paper's tables by its own definition, with "
+    "the printed values beside; then training passes of a random language model are timed, each "
+    "scheme against no compression, and compared with the operations that it spares. Fails "
+    f"(status 1) if {' or '.join(JUDGED.values())} turns less than {BOUND:.0%} of its saved "
+    "operations into saved time."
+)
+
 NOTES = """\
 Each scheme is a training pass of the language model from given embeddings to the loss, against the
 model's own pass without compression; passes take turns. Names are scaled to the depth (2 of 32
@@ -123,13 +131,17 @@ def judge(rows: Sequence[Mapping[str, Any]]) -> tuple[str, bool]:
 def register(commands: Any) -> None:
     """Adds the subcommand to ``python -m llava_uhd.bench``."""
     parser = commands.add_parser(
-        "compress", help="visual context compression: what it saves, counted and measured"
+        "compress",
+        help="visual context compression: what it saves, counted and measured",
+        description=ABOUT,
     )
     default = Task()
     for name, of in (("layers", "decoder layers"), ("hidden", "width, a multiple of 64")):
         parser.add_argument(f"--{name}", type=int, default=getattr(default, name), help=of)
     parser.add_argument("--mlp", type=int, help="width of the MLP; default: 8/3 of --hidden")
-    parser.add_argument("--vocabulary", type=int, default=default.vocabulary)
+    parser.add_argument(
+        "--vocabulary", type=int, default=default.vocabulary, help="rows of the head"
+    )
     parser.add_argument("--batch", type=int, default=default.batch, help="rows")
     parser.add_argument("--visual-tokens", type=int, default=default.visual, help="in each row")
     parser.add_argument("--text-tokens", type=int, default=default.text, help="in each row")
@@ -144,8 +156,8 @@ def register(commands: Any) -> None:
     )
     parser.add_argument("--repeats", type=int, default=5, help="timed turns")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    parser.add_argument("--dtype", choices=DTYPES, default=default.dtype)
-    parser.add_argument("--device", default=default.device)
+    parser.add_argument("--dtype", choices=DTYPES, default=default.dtype, help="of the weights")
+    parser.add_argument("--device", default=default.device, help="cpu, cuda or cuda:N")
     parser.add_argument("--count-only", action="store_true", help="the paper's tables, no times")
     parser.add_argument("--plot", metavar="FILE.png", help="also draw time against FLOPs")
     parser.add_argument("--json", metavar="FILE", help="also write the figures there")

@@ -54,7 +54,9 @@ def register(commands: Any) -> None:
     group.add_argument("--recipe", metavar="NAME", help="a recipe's model")
     group.add_argument("--checkpoint", metavar="DIR", help="a checkpoint folder's model")
     group.add_argument("--preset", choices=PRESETS, help="a published combination")
-    parser.add_argument("--image", type=image_size, default=(672, 1008), metavar="WxH")
+    parser.add_argument(
+        "--image", type=image_size, default=(672, 1008), metavar="WxH", help="size in pixels"
+    )
     parser.add_argument("--text-tokens", type=int, default=0, help="text beside the image")
     parser.add_argument("--overview-only", action="store_true", help="as in the first stage")
     parser.add_argument("--json", metavar="FILE", help="also write the figures there")

@@ -77,13 +77,16 @@ def register(commands: Any) -> None:
     parser = commands.add_parser(
         "encode", help="tower, window pooling and resampler: plain forms against ours"
     )
-    parser.add_argument("--preset", choices=sorted(PRESETS), default="clip-l")
+    parser.add_argument(
+        "--preset", choices=sorted(PRESETS), default="clip-l", help="sizes of the parts"
+    )
     parser.add_argument("--image", type=image_size, metavar="WxH", help="image size in pixels")
     parser.add_argument("--layers", type=int, help="tower layers to run (a CPU runs few)")
     parser.add_argument("--width", type=int, help="width of the language model")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each variant")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=device, help="cpu, cuda or cuda:N")
     parser.add_argument("--json", metavar="FILE", help="also write the figures there")
     parser.set_defaults(run=run)
 

@@ -50,7 +50,7 @@ def register(commands: Any) -> None:
     parser.add_argument(
         "--per-device", type=int, default=default.per_device, help="samples of a padded batch"
     )
-    parser.add_argument("--devices", type=int, default=default.devices)
+    parser.add_argument("--devices", type=int, default=default.devices, help="of the planned run")
     parser.add_argument(
         "--accumulated", type=int, default=default.accumulated, help="batches of a device in a step"
     )
@@ -64,8 +64,8 @@ def register(commands: Any) -> None:
     parser.add_argument("--hidden", type=int, default=task.hidden, help="width, a multiple of 64")
     parser.add_argument("--repeats", type=int, default=3, help="timed turns")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--device", default=task.device)
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights")
+    parser.add_argument("--device", default=task.device, help="cpu, cuda or cuda:N")
     parser.add_argument("--json", metavar="FILE", help="also write the figures there")
     parser.set_defaults(run=run)
 

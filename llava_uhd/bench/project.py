@@ -220,9 +220,13 @@ def register(commands: Any) -> None:
     parser = commands.add_parser(
         "project", help="the multi-scale projector: plain form against the fast one"
     )
-    parser.add_argument("--preset", choices=sorted(PRESETS), default="clip-l")
+    parser.add_argument(
+        "--preset", choices=sorted(PRESETS), default="clip-l", help="sizes of the parts"
+    )
     parser.add_argument("--width", type=int, help="width of the language model")
-    parser.add_argument("--scales", type=scale_list, default=(1, 4), metavar="1,4")
+    parser.add_argument(
+        "--scales", type=scale_list, default=(1, 4), metavar="1,4", help="of the maps"
+    )
     parser.add_argument("--views", type=int, default=7, help="square views of the tower's size")
     parser.add_argument("--repeats", type=int, default=1, help="timed runs of each form")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")

@@ -103,11 +103,12 @@ def register(commands: Any) -> None:
     )
     parser.add_argument("--map", type=image_size, default=(24, 24), metavar="WxH", help="patches")
     parser.add_argument("--width", type=int, default=1024, help="channels of the maps")
-    parser.add_argument("--scale", type=int, choices=STACKS, default=4)
+    parser.add_argument("--scale", type=int, choices=STACKS, default=4, help="of the map")
     parser.add_argument("--batch", type=int, default=1, help="maps")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each variant")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=device, help="cpu, cuda or cuda:N")
     parser.add_argument(
         "--together",
         action="store_true",
