@@ -135,6 +135,7 @@ def essence(recipe: Recipe) -> dict[str, Any]:
     for name in (
         *("output_dir", "report_to", "run_name", "per_device_eval_batch_size", "optim", "seed"),
         *("torch_compile", "torch_compile_backend", "remove_unused_columns", "save_total_limit"),
+        "eval_strategy",  # nothing is held out in these runs
         *("global_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps"),
     ):
         trainer.pop(name, None)
