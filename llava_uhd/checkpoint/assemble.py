@@ -38,7 +38,7 @@ from llava_uhd.config.model import (
 )
 from llava_uhd.config.training import ModelSection
 from llava_uhd.errors import UserError
-from llava_uhd.language.compressors import COMPRESSORS
+from llava_uhd.language.compressors import compressor_of
 from llava_uhd.model.modeling import LlavaUHDForConditionalGeneration
 from llava_uhd.text.faithful import FAITHFUL
 from llava_uhd.text.processor import LlavaUHDProcessor
@@ -110,7 +110,7 @@ def assemble(
         UserError: a missing folder, or parts that do not fit each other.
     """
     if compression.method != "none":
-        COMPRESSORS.get(compression.method)  # an unknown one is told before anything is read
+        compressor_of(compression.method)  # an unknown one is told before anything is read
     if section.checkpoint is not None:
         made = _from_checkpoint(section, dtype, storage)
     else:

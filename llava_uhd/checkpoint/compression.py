@@ -14,7 +14,7 @@ from llava_uhd.config.compression import DEFAULT_METHOD, CompressionConfig
 from llava_uhd.config.typed import Word, convert, field_types
 from llava_uhd.errors import UserError
 from llava_uhd.language.compressed import check_method, is_active
-from llava_uhd.language.compressors import COMPRESSORS
+from llava_uhd.language.compressors import COMPRESSORS, compressor_of
 from llava_uhd.language.layers import check_decoder
 
 OPTIONS = {
@@ -49,7 +49,7 @@ def read_options(options: argparse.Namespace) -> dict[str, Any]:
             given[name] = convert(Word(text), types[name], _PREFIX + name)
     config = CompressionConfig(**given)
     if config.method != "none":
-        COMPRESSORS.get(config.method)
+        compressor_of(config.method)
     if {"method", "layer", "stride"} <= given.keys():
         check_method(config)  # what nothing can mend is told before a model is loaded
     return given

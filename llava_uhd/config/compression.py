@@ -13,6 +13,7 @@ import re
 from bisect import bisect_right
 from dataclasses import dataclass
 from fractions import Fraction
+from numbers import Integral
 from typing import Literal
 
 from llava_uhd.errors import UserError
@@ -149,9 +150,10 @@ class Schedule:
         return bisect_right(self.starts(total), done) - 1
 
     def dies_after(self) -> int | None:
-        """Forward passes after which the published program ends with an error, or None.
+        """Forward passes that the stages last, or None: the last one never ends.
 
-        Its lists are empty then, and a further count is reached while the stride is above 1.
+        There the published program ends with an error, still inside the last of these passes: its
+        lists are empty, and a further count is reached while the stride is above 1.
         """
         return self._counted()[1] if self.by_forwards else None
 
@@ -280,21 +282,44 @@ class CompressionConfig:
     positions: Literal["integer", "half"] = "integer"
     schedule: str | None = None
 
-    def __post_init__(self) -> None:
-        if self.layer < -1:
-            raise UserError(f"compression.layer must be at least -1, got {self.layer}")
-        if self.stride < 1:
-            raise UserError(f"compression.stride must be at least 1, got {self.stride}")
+    def check(self) -> None:
+        """Finds values that are none; asked in each pass too, since fields can be set later.
+
+        Raises:
+            UserError: names the field and its value.
+        """
+        for name, least in (("layer", -1), ("stride", 1)):
+            value = getattr(self, name)
+            if type(value) is bool or not isinstance(value, Integral):
+                raise UserError(
+                    f"compression.{name} must be a whole number, got {value!r}: write for example "
+                    f"{name}=8"
+                )
+            if value < least:
+                raise UserError(f"compression.{name} must be at least {least}, got {value}")
+            setattr(self, name, int(value))
+        if not isinstance(self.method, str):
+            raise UserError(
+                f"compression.method must be a name, got {self.method!r}: write '{DEFAULT_METHOD}' "
+                "or 'none'"
+            )
         hints = {"remainder": ("keep", "drop"), "positions": ("integer", "half")}
         for name, known in hints.items():
             if getattr(self, name) not in known:
                 raise UserError(
                     f"compression.{name} must be {' or '.join(known)}, got {getattr(self, name)!r}"
                 )
+
+    def __post_init__(self) -> None:
+        self.check()
         if self.schedule is None:
             if self.stride > 1 and self.method == "none":
                 self.method = DEFAULT_METHOD
             return
+        if not isinstance(self.schedule, str):
+            raise UserError(
+                f"compression.schedule must be a text such as {EXAMPLE}, got {self.schedule!r}"
+            )
         parse_schedule(self.schedule)
         if (self.layer, self.stride) != (-1, 1):
             raise UserError(

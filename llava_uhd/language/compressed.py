@@ -11,15 +11,16 @@ from transformers import DynamicCache
 from llava_uhd.config.model import CompressionConfig
 from llava_uhd.errors import UserError
 from llava_uhd.language.compression import IndexMap, build_map
-from llava_uhd.language.compressors import COMPRESSORS
+from llava_uhd.language.compressors import compressor_of
 from llava_uhd.language.layers import (
     Shortened,
     cache_name,
     check_decoder,
     library_masks,
     run_layers,
+    window_of,
 )
-from llava_uhd.language.runs import Run
+from llava_uhd.language.runs import Run, checked_runs
 
 NEEDS_A_LAYER = (
     "compression.method '{}' chooses by the attention of the layer before: set compression.layer "
@@ -27,8 +28,8 @@ NEEDS_A_LAYER = (
 )
 
 
-# Attribute of a cache: what its tokens were shortened by.
-_MARK = "llava_uhd_compression"
+# Attributes of a cache: what its tokens were shortened by, and how many its first layer lacks.
+_MARK, _FEWER = "llava_uhd_compression", "llava_uhd_fewer_tokens"
 
 
 class Compressed(NamedTuple):
@@ -45,6 +46,33 @@ class Compressed(NamedTuple):
     index_map: IndexMap | None
 
 
+def compression_of(own: Any, given: Any = None) -> CompressionConfig:
+    """What a pass does: the argument or, without one, what the model's configuration says.
+
+    Args:
+        own: of the configuration.
+        given: argument of the call, or None.
+
+    Raises:
+        UserError: it is none, or holds values that a pass cannot follow.
+    """
+    found = own if given is None else given
+    if not isinstance(found, CompressionConfig):
+        raise UserError(
+            f"compression must be a CompressionConfig, got {found!r}: write for example "
+            "CompressionConfig('avgpool1d', layer=2, stride=8)"
+        )
+    found.check()
+    if found.method != "none":
+        compressor_of(found.method)
+    if found.schedule is not None:
+        raise UserError(
+            f"compression.schedule '{found.schedule}' belongs to a training run, not to one pass: "
+            "set compression.layer and compression.stride instead"
+        )
+    return found
+
+
 def is_active(config: CompressionConfig, num_layers: int) -> bool:
     """Whether a configuration changes anything in a decoder of so many layers."""
     return config.method != "none" and config.stride > 1 and config.layer < num_layers
@@ -58,7 +86,7 @@ def check_method(config: CompressionConfig) -> None:
     """
     if config.method == "none":
         return
-    compressor = COMPRESSORS.get(config.method)
+    compressor = compressor_of(config.method)
     if compressor.needs_scores and config.layer < 1:
         raise UserError(NEEDS_A_LAYER.format(config.method))
     # Any run tells whether a rule takes the stride; a small one also where that is enormous.
@@ -87,6 +115,11 @@ def check_cache(cache: Any, config: CompressionConfig | None) -> None:
             "the cache was filled under another compression: pass the compression and the "
             "visual_runs of the whole sequence (get_visual_runs) in every call"
         )
+
+
+def fewer_tokens(cache: Any) -> int:
+    """How many of the tokens that went into a cache its first layer does not hold."""
+    return int(getattr(cache, _FEWER, 0))
 
 
 def decode_compressed(
@@ -124,19 +157,21 @@ def decode_compressed(
         cache = DynamicCache(config=decoder.config)
     check_cache(cache, config)
     given = _read(inputs_embeds, attention_mask, position_ids, cache)
-    cached = given.valid.shape[1] - inputs_embeds.shape[1]
+    total = given.valid.shape[1]
+    runs, cached = checked_runs(runs, len(given.valid), total), total - inputs_embeds.shape[1]
     if not given.whole and bool((runs[..., :2].sum(-1) > cached).any()):
         raise ValueError(
             "visual tokens behind a cache cannot be shortened: pass the whole sequence without it"
         )
-    if cache is not None:
-        setattr(cache, _MARK, config)
     kwargs.pop("return_dict", None)
     options = {"use_cache": use_cache, **kwargs}
     if config.layer < 0:
         hidden, table = _before(decoder, config, runs, given, options)
     else:
         hidden, table = _between(decoder, config, runs, given, scored_at, options)
+    if cache is not None:
+        setattr(cache, _MARK, config)
+        setattr(cache, _FEWER, total - cache.get_seq_length())
     return Compressed(hidden, cache if use_cache else None, table if given.whole else None)
 
 
@@ -188,7 +223,7 @@ def _before(
     options: dict[str, Any],
 ) -> tuple[torch.Tensor, IndexMap]:
     """Shortens the embeddings; then any decoder runs as if there had been fewer."""
-    if COMPRESSORS.get(config.method).needs_scores:
+    if compressor_of(config.method).needs_scores:
         raise UserError(NEEDS_A_LAYER.format(config.method))
     table = build_map(config, runs, given.valid, training=bool(decoder.training))
     hidden = table.states(given.hidden) if given.whole else given.hidden
@@ -216,7 +251,7 @@ def _between(
     """Shortens the states before layer ``config.layer``."""
     check_decoder(decoder)
     lower, upper = decoder.layers[: config.layer], decoder.layers[config.layer :]
-    scored = COMPRESSORS.get(config.method).needs_scores
+    scored = compressor_of(config.method).needs_scores
     if scored and not len(lower):
         raise UserError(NEEDS_A_LAYER.format(config.method))
     positions, cache = given.position_ids, given.cache
@@ -325,7 +360,7 @@ def attention_of(
         at: int64 (N,), the position.
 
     Returns:
-        float32 (N, T), zero where nothing is seen and behind ``at``.
+        float32 (N, T), zero where nothing is seen: behind ``at``, and before a sliding window.
     """
     attention = layer.self_attn
     states = layer.input_layernorm(hidden)
@@ -343,6 +378,8 @@ def attention_of(
     ]
     places = torch.arange(seen.shape[1], device=at.device)
     seen = seen & (places[None] <= at[:, None])
+    if (window := window_of(decoder, layer)) is not None:
+        seen = seen & (places[None] > at[:, None] - window)
     scores = torch.cat(found).masked_fill(~seen[:, None], -torch.inf)  # (N, H, T)
     return scores.softmax(-1).mean(1)
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from llava_uhd.config.model import CompressionConfig
-from llava_uhd.language.compressors import COMPRESSORS
+from llava_uhd.language.compressors import compressor_of
 from llava_uhd.language.runs import Run
 
 IGNORE_INDEX = -100
@@ -172,7 +172,7 @@ def _groups(
     training: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Groups of all tokens of runs, one after another, and how many each run has: (S,), (N,)."""
-    compressor, keep = COMPRESSORS.get(config.method), config.remainder == "keep"
+    compressor, keep = compressor_of(config.method), config.remainder == "keep"
     known: dict[Any, tuple[torch.Tensor, int]] = {}
     found = []
     for index, run in enumerate(runs):

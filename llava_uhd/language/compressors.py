@@ -47,6 +47,18 @@ def num_kept(length: int, stride: int, keep: bool) -> int:
     return -(-length // stride) if keep else length // stride
 
 
+def compressor_of(method: str) -> Compressor:
+    """The compressor that ``compression.method`` names.
+
+    Raises:
+        UserError: there is none of this name.
+    """
+    try:
+        return COMPRESSORS.get(method)
+    except UserError as error:
+        raise UserError(f"compression.method: {error}, or 'none'") from None
+
+
 @lru_cache(maxsize=1024)
 def _line_groups(run: Run, stride: int, keep: bool) -> torch.Tensor:
     groups = torch.arange(run.length) // stride
@@ -113,8 +125,9 @@ def _selected(scores: torch.Tensor, count: int) -> torch.Tensor:
     """Groups of one token each for the best ``count``, in their order."""
     groups = torch.full((len(scores),), -1, dtype=torch.long)
     if count:
-        chosen = scores.topk(count).indices.sort().values
-        groups[chosen] = torch.arange(count)
+        # Of equal ones the first, on every machine and in every batch.
+        best = scores.sort(descending=True, stable=True).indices[:count]
+        groups[best.sort().values] = torch.arange(count)
     return groups
 
 

@@ -51,6 +51,13 @@ def attention_kind(decoder: Any, layer: Any) -> str:
     return FULL if window is None else SLIDING
 
 
+def window_of(decoder: Any, layer: Any) -> int | None:
+    """Keys that a layer with a sliding window sees, its own position included; None: all."""
+    if attention_kind(decoder, layer) != SLIDING:
+        return None
+    return int(decoder.config.sliding_window)
+
+
 def library_masks(
     decoder: Any,
     hidden: torch.Tensor,
@@ -106,7 +113,7 @@ class Shortened:
         made: dict[int | None, torch.Tensor] = {}
 
         def mask_of(layer: nn.Module) -> torch.Tensor:
-            window = self._window(decoder, layer)
+            window = window_of(decoder, layer)
             if window not in made:
                 allowed = self._allowed(window)[:, None]  # (B, 1, Q, K)
                 made[window] = allowed if backend == "sdpa" else _as_numbers(allowed, hidden.dtype)
@@ -136,17 +143,11 @@ class Shortened:
         return self.samples is None and whole and bool(self.valid.all())
 
     def _windows(self, decoder: Any) -> bool:
-        return any(self._window(decoder, layer) for layer in decoder.layers)
-
-    def _window(self, decoder: Any, layer: nn.Module) -> int | None:
-        """Keys that a layer with a sliding window sees; None: all."""
-        if attention_kind(decoder, layer) != SLIDING:
-            return None
-        return int(decoder.config.sliding_window)
+        return any(window_of(decoder, layer) for layer in decoder.layers)
 
     def _kept(self, decoder: Any, layer: nn.Module) -> torch.Tensor:
         """Bool (B, keys): the part of `valid` whose keys the cache of a layer holds."""
-        window, total = self._window(decoder, layer), self.valid.shape[1]
+        window, total = window_of(decoder, layer), self.valid.shape[1]
         return self.valid[:, -(total if window is None else min(total, self._held(window))) :]
 
     def _held(self, window: int) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from torch.nn import functional as F
 
 
 class Run(NamedTuple):
@@ -18,6 +19,38 @@ class Run(NamedTuple):
 
     length: int
     columns: int = 0
+
+
+def checked_runs(runs: torch.Tensor, batch: int, total: int) -> torch.Tensor:
+    """A table of runs as it came from a caller: int64 (B, R, 3) on the CPU.
+
+    Args:
+        runs: (B, R, 3), see `place_runs`.
+        batch: rows of the batch.
+        total: tokens of the whole sequence.
+
+    Raises:
+        ValueError: another shape, runs outside the sequence, or over each other.
+    """
+    if runs.ndim != 3 or runs.shape[0] != batch or runs.shape[2] != 3:
+        raise ValueError(
+            f"visual_runs must be ({batch}, runs, 3) for this batch, got {tuple(runs.shape)}: "
+            "pass what get_visual_runs returned"
+        )
+    runs = runs.cpu().long()
+    start, length = runs[..., 0], runs[..., 1]
+    end = start + length
+    # Rows that fill the table up have no length and may stand anywhere.
+    before = F.pad(end.cummax(1).values[:, :-1], (1, 0)) if runs.shape[1] else end
+    wrong = (length < 0) | ((length > 0) & ((start < before) | (end > total)))
+    if bool(wrong.any()):
+        row, number = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"visual_runs name tokens {int(start[row, number])} to {int(end[row, number])} in row "
+            f"{row} of {total} tokens, which are not there or in another run: pass what "
+            "get_visual_runs returned for the whole sequence"
+        )
+    return runs
 
 
 def place_runs(mask: torch.Tensor, runs: Sequence[Run]) -> torch.Tensor:

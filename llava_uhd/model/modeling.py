@@ -17,7 +17,13 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from llava_uhd.config.model import CompressionConfig, LlavaUHDConfig
-from llava_uhd.language.compressed import check_cache, decode_compressed, is_active
+from llava_uhd.language.compressed import (
+    check_cache,
+    compression_of,
+    decode_compressed,
+    fewer_tokens,
+    is_active,
+)
 from llava_uhd.language.decoder import (
     cache_of,
     decode,
@@ -26,7 +32,12 @@ from llava_uhd.language.decoder import (
     supervised_loss,
 )
 from llava_uhd.model.generation import VocabularyLogitsProcessors, tidy_generation_config
-from llava_uhd.model.packing import placeholder_mask, repeat_rows, write_features
+from llava_uhd.model.packing import (
+    new_features,
+    placeholder_mask,
+    repeat_rows,
+    write_features,
+)
 from llava_uhd.model.visuals import VisualTokens
 from llava_uhd.projectors import build_projector
 from llava_uhd.vision.towers import VisionTower
@@ -207,7 +218,7 @@ class LlavaUHDForConditionalGeneration(VisualTokens, PreTrainedModel, Generation
 
     def _compresses(self, compression: CompressionConfig | None) -> bool:
         """Whether a pass shortens visual tokens; decided anew in every one."""
-        options = self.config.compression if compression is None else compression
+        options = compression_of(self.config.compression, compression)
         return is_active(options, self.config.text_config.num_hidden_layers)
 
     def _found_runs(
@@ -245,7 +256,7 @@ class LlavaUHDForConditionalGeneration(VisualTokens, PreTrainedModel, Generation
         for name in ("output_hidden_states", "output_attentions"):
             if kwargs.pop(name, None):
                 raise ValueError(f"{name} is not available under compression: layers differ in it")
-        options = self.config.compression if compression is None else compression
+        options = compression_of(self.config.compression, compression)
         hidden, cache, table = decode_compressed(
             self.get_decoder(), options, runs, inputs_embeds, **kwargs
         )
@@ -321,10 +332,16 @@ class LlavaUHDForConditionalGeneration(VisualTokens, PreTrainedModel, Generation
         """Adds the image tokens to the steps that see the prompt."""
         if cache is not None:  # named for the library, which takes what it finds in the signature
             kwargs["cache"] = cache
+        if is_first_iteration and kwargs.get("next_sequence_length") is not None:
+            kept = cache if cache is not None else kwargs.get("past_key_values")
+            kwargs["next_sequence_length"] -= fewer_tokens(kept)
         inputs = super().prepare_inputs_for_generation(
             input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )
         if is_first_iteration or not kwargs.get("use_cache", True):
+            if (new := inputs.get("input_ids")) is not None:
+                mask = placeholder_mask(input_ids, self.config.image.image_token_id)
+                image_features = new_features(image_features, mask, new.shape[1])
             inputs["image_features"] = image_features
             if prompt_length is not None and image_features is not None:
                 inputs["scored_at"] = prompt_length - 1

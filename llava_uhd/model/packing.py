@@ -45,6 +45,27 @@ def write_features(
     return embeddings.masked_scatter(mask.unsqueeze(-1), features.to(embeddings.dtype))
 
 
+def new_features(
+    features: torch.Tensor | None, mask: torch.Tensor, tokens: int
+) -> torch.Tensor | None:
+    """Image tokens of the last ``tokens`` columns, where a cache holds those before.
+
+    Args:
+        features: (N, D) of all placeholders; any other number is left to `write_features`.
+        mask: (B, T) bool, the placeholders of the whole sequence.
+        tokens: columns that are computed now.
+
+    Returns:
+        (N', D), or None where they hold no placeholder.
+    """
+    if features is None or tokens >= mask.shape[1] or int(mask.sum()) != len(features):
+        return features
+    new = torch.zeros_like(mask)
+    new[:, mask.shape[1] - tokens :] = True
+    kept = features[new[mask].to(features.device)]
+    return kept if len(kept) else None
+
+
 def merge_views(
     tokens: torch.Tensor,
     shapes: Sequence[tuple[int, int]],
