@@ -36,6 +36,7 @@ from llava_uhd.model.modeling import LlavaUHDForConditionalGeneration
 from llava_uhd.text.processor import LlavaUHDProcessor
 from llava_uhd.train.__main__ import build_trainer
 from llava_uhd.train.embedded import demo_tokenizer
+from llava_uhd.train.fsdp import keep_masters
 from llava_uhd.train.log import read_log
 from llava_uhd.train.lora import add_adapters, finish_adapters
 from llava_uhd.train.meter import TIME
@@ -177,6 +178,7 @@ def _measure(task: TrainTask, folder: Path) -> dict[str, Any]:
     add_adapters(parts.model, recipe.lora)
     apply_stage(parts.model, recipe.stage)
     finish_adapters(parts.model, recipe.lora, arguments)
+    keep_masters(parts.model, arguments)
     run = Path(recipe.output_dir)
     run.mkdir(exist_ok=True)
     dataset = ConversationDataset(open_records(data), parts.processor, data, arguments.seed)

@@ -41,6 +41,8 @@ __all__ = ["ALIASES", "Context", "Inert", "apply_alias", "read_first"]
 # differ in bucket sizes and in settings that the trainer makes itself.
 DEEPSPEED_FILES = {f"scripts/{name}.json": name for name in ("zero2", "zero3", "zero3_offload")}
 DEEPSPEED_FILES |= {f"scripts/{name}.json": "zero2" for name in ("zero2_old", "zero2_fused_adamw")}
+# Words of the library's older option --fsdp that say nothing that is not so anyway.
+FSDP_PLAIN_WORDS = ("auto_wrap",)
 
 
 takes_keys(
@@ -70,6 +72,7 @@ inert(
         "save_safetensors": "weights are always written as safetensors",
         "overwrite_output_dir": "a run resumes from its output folder; delete it to start anew",
         "logging_dir": "logs are written to the output folder",
+        "fsdp_transformer_layer_cls_to_wrap": "the layers are found in the model",
     }
 )
 
@@ -158,3 +161,15 @@ def _group_by_length(value: Any, context: Context) -> dict[str, Any] | Inert:
 def _deepspeed(value: Any, context: Context) -> dict[str, Any] | Inert:
     name = DEEPSPEED_FILES.get(posixpath.normpath(value)) if isinstance(value, str) else None
     return {"deepspeed": name or value}
+
+
+@translates("fsdp")
+def _fsdp(value: Any, context: Context) -> dict[str, Any] | Inert:
+    """``--fsdp full_shard``, ``--fsdp "full_shard auto_wrap offload"``, or ``--fsdp`` alone."""
+    if not value or value is True:
+        return {"fsdp": "full_shard" if value else None}
+    texts = value if isinstance(value, list) else [value]
+    words = [word for text in texts for word in str(text).split() if word not in FSDP_PLAIN_WORDS]
+    if words == ["full_shard", "offload"]:
+        words = ["full_shard_offload"]
+    return {"fsdp": " ".join(words)}

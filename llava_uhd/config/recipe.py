@@ -47,6 +47,9 @@ RIVALS: dict[str, tuple[str, ...]] = {
         "model.projector.scales",
     ),
     "model.language_model": ("model.checkpoint",),
+    # Each shares the state of training out in its own way.
+    "deepspeed": ("fsdp",),
+    "fsdp": ("deepspeed",),
     "data.path": ("data.embedded",),
     "data.embedded": ("data.path", "data.image_folder", "data.video_folder"),
     "trainer.global_batch_size": ("trainer.gradient_accumulation_steps",),

@@ -52,7 +52,7 @@ class ModelSection:
         image: how images are read. Token ids are filled from the tokenizer.
         video: how videos are read.
         dtype: of the weights. "auto" keeps float32 weights, except where DeepSpeed keeps float32
-            copies beside bfloat16 ones.
+            copies beside bfloat16 ones; FSDP keeps what learns in float32, the rest in bfloat16.
         attn_implementation: of the language model; None chooses what the machine has.
         given: dotted keys of this section that the recipe sets, also those that it sets to their
             default; None where the section was not made from a recipe. Over a whole checkpoint
@@ -119,7 +119,7 @@ def training_argument_types() -> dict[str, Any]:
 
     hints = typing.get_type_hints(TrainingArguments)
     names = [item.name for item in dataclasses.fields(TrainingArguments) if item.init]
-    taken = ("output_dir", "deepspeed", "debug", "local_rank")
+    taken = ("output_dir", "deepspeed", "fsdp", "fsdp_config", "debug", "local_rank")
     return {name: hints[name] for name in names if name not in taken}
 
 
@@ -218,6 +218,10 @@ class Recipe(Resolved):
         compression: visual context compression (short for ``model.compression``).
         lora: adapters instead of the language model's own weights.
         deepspeed: "zero2", "zero3", "zero3_offload", the path of a configuration, or None.
+        fsdp: PyTorch's FSDP2 instead of DeepSpeed: "full_shard" shares weights, gradients and
+            optimizer out, "shard_grad_op" keeps the weights whole between forward and backward
+            pass, "full_shard_offload" keeps the shares in the memory of the host; None: no FSDP. In
+            a recipe it takes the place of an inherited ``deepspeed``, and the other way round.
         debug: shrunken run on a tiny model.
         debug_base: recipes that ``--debug`` lays over this one after ``_base/debug``, so that the
             tiny model has the same kinds of parts.
@@ -231,6 +235,7 @@ class Recipe(Resolved):
     compression: CompressionConfig = field(default_factory=CompressionConfig)
     lora: LoraSection = field(default_factory=LoraSection)
     deepspeed: str | None = None
+    fsdp: Literal["full_shard", "shard_grad_op", "full_shard_offload"] | None = None
     debug: bool = False
     debug_base: str | list[str] | None = None
 
@@ -240,6 +245,11 @@ class Recipe(Resolved):
         ):
             names = ", ".join(DEEPSPEED_NAMES)
             raise UserError(f"deepspeed must be {names}, a .json file or null: {self.deepspeed!r}")
+        if self.deepspeed is not None and self.fsdp is not None:
+            raise UserError(
+                f"deepspeed {self.deepspeed} and fsdp {self.fsdp} exclude each other: set one of "
+                f"them (--fsdp {self.fsdp}, or --deepspeed {self.deepspeed})"
+            )
         if self.data.path is None and self.data.embedded is None:
             raise UserError("data.path is missing: name the JSON file of the training samples")
         if self.model.checkpoint is None and self.model.language_model is None:

@@ -21,6 +21,7 @@ from llava_uhd.train.compression import RunLength, announce_compression, check_l
 from llava_uhd.train.counting import Counting
 from llava_uhd.train.drawn import is_plain, source_table, write_data_manifest
 from llava_uhd.train.embedded import demo_tokenizer, use_embedded
+from llava_uhd.train.fsdp import keep_masters
 from llava_uhd.train.guarded import stopped, told_of_the_disk
 from llava_uhd.train.heldout import HeldOut, held_out_dataset
 from llava_uhd.train.log import CURVE_FILE, JsonLog, draw_loss, read_log
@@ -68,6 +69,7 @@ def main() -> int:
     add_adapters(parts.model, recipe.lora)
     apply_stage(parts.model, recipe.stage)
     finish_adapters(parts.model, recipe.lora, arguments)
+    keep_masters(parts.model, arguments)
     dataset = ConversationDataset(records, parts.processor, recipe.data, arguments.seed)
     announce(recipe, arguments, parts, dataset)
     preview(dataset, console if is_first_rank() else None)

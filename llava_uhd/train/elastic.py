@@ -41,7 +41,8 @@ def fitting(trainer: Trainer, checkpoint: Path) -> Path:
     """A folder with a checkpoint's state that the processes of this run can read.
 
     What DeepSpeed has shared out over other numbers of processes is converted, into a copy (without
-    taking more room for the files that stay the same); all else is read as it is.
+    taking more room for the files that stay the same); all else is read as it is, shares of FSDP
+    (`llava_uhd.train.shares`) also without FSDP, and the other way round.
 
     Args:
         trainer: before it trains.
@@ -52,7 +53,7 @@ def fitting(trainer: Trainer, checkpoint: Path) -> Path:
     """
     then, now = read_json(checkpoint / SEAL_FILE), seal_facts(trainer)
     processes = f"{then['ranks']} process{'es' if then['ranks'] > 1 else ''}"
-    if then["engine"] != now["engine"]:
+    if then["engine"] != now["engine"] and "deepspeed" in (then["engine"], now["engine"]):
         raise UserError(
             f"{checkpoint} was written {ENGINES[then['engine']]} on {processes}, this run is "
             f"{ENGINES[now['engine']]}: start it as before (NPROC={then['ranks']}), because the "

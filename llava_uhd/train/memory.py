@@ -36,13 +36,18 @@ class SharingPlan:
     Attributes:
         devices: processes.
         stage: of ZeRO; 0: everything lies on every device, 1: optimizer shared, 2: gradients too,
-            3: weights too (FSDP with full sharding is the same).
+            3: weights too (FSDP is the same).
         offload: the optimizer's state lies in the host's memory.
+        gathered: bytes of a value of weights that lie whole beside the shares from the forward to
+            the end of the backward pass (FSDP's "shard_grad_op"); 0: few layers at a time do.
+        all_away: with ``offload``, shares of weights and gradients lie there, too (FSDP).
     """
 
     devices: int = 1
     stage: int = 0
     offload: bool = False
+    gathered: int = 0
+    all_away: bool = False
 
     def share(self, size: float, from_stage: int) -> float:
         """Bytes on a device of what is shared out from a stage on."""
@@ -104,8 +109,9 @@ def state_memory(
         optimizer: ``trainer.optim``.
         masters: float32 copies of the learning weights are kept (DeepSpeed with bfloat16).
     """
-    weights = gradients = learning = 0.0
+    weights = gradients = learning = values = 0.0
     for parameter in model.parameters():
+        values += parameter.numel()
         size = parameter.numel() * parameter.element_size()
         weights += size
         if parameter.requires_grad:
@@ -113,8 +119,10 @@ def state_memory(
             learning += parameter.numel()
     each = OPTIMIZER_BYTES.get(optimizer, 8) + (4 if masters else 0)
     away = plan.offload or optimizer in PAGED
+    if plan.offload and plan.all_away:
+        return Memory()
     return Memory(
-        weights=plan.share(weights, 3),
+        weights=plan.share(weights, 3) + plan.gathered * values,
         gradients=plan.share(gradients, 2),
         optimizer=0.0 if away else plan.share(learning * each, 1),
     )

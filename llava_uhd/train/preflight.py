@@ -23,6 +23,7 @@ from llava_uhd.text.encoding import IGNORE_INDEX
 from llava_uhd.train.compression import RunLength
 from llava_uhd.train.counting import Facts
 from llava_uhd.train.flops import TrainingFlops, device_peak
+from llava_uhd.train.fsdp import fsdp_plan
 from llava_uhd.train.memory import (
     Batch,
     Memory,
@@ -98,7 +99,7 @@ def sharing_plan(arguments: TrainingArguments) -> SharingPlan:
         settings = found.config.get("zero_optimization", {})
     stage = int(settings.get("stage", 0))
     if arguments.fsdp:
-        stage = 3
+        return fsdp_plan(arguments, world_size())
     return SharingPlan(world_size(), stage, "offload_optimizer" in settings)
 
 
@@ -315,7 +316,8 @@ def check_room(outlook: Outlook, here: Room) -> None:
 
 
 ADVICE = {
-    "weights": "--deepspeed zero3 shares them out, 4 bits below adapters shrink them (QLoRA)",
+    "weights": "--deepspeed zero3 or --fsdp full_shard shares them out, 4 bits below adapters "
+    "shrink them (QLoRA)",
     "gradients": "--deepspeed zero2 or zero3 shares them out over more devices, LoRA needs few",
     "optimizer": "--deepspeed zero2 or zero3 shares it out, zero3_offload moves it to the host, "
     "--trainer.optim adamw_bnb_8bit shrinks it",

@@ -16,6 +16,7 @@ from llava_uhd.config.recipe import recipes_root
 from llava_uhd.config.resolved import Resolved
 from llava_uhd.config.training import DEEPSPEED_NAMES, Recipe
 from llava_uhd.errors import UserError
+from llava_uhd.train.fsdp import announce_sharding, fsdp_values, host_backend, sharding_of
 from llava_uhd.train.heldout import evaluation_arguments
 
 logger = logging.getLogger(__name__)
@@ -35,6 +36,7 @@ def deepspeed_config(recipe: Recipe) -> Path | None:
     Raises:
         UserError: several processes but no DeepSpeed, or no such file.
     """
+    announce_sharding(recipe, world_size())
     name = recipe.deepspeed
     if name is None:
         return None
@@ -69,13 +71,15 @@ def weight_dtype(recipe: Recipe, deepspeed: Path | None) -> torch.dtype:
 
     DeepSpeed keeps float32 master copies, so it gets bfloat16 weights where the run computes in
     bfloat16; without it the weights themselves are the masters and stay float32. Below adapters
-    the weights are frozen and need no masters (`llava_uhd.train.lora.set_dtypes`).
+    the weights are frozen and need no masters (`llava_uhd.train.lora.set_dtypes`). Under FSDP only
+    what learns becomes float32 again (`llava_uhd.train.fsdp.keep_masters`).
     """
     if recipe.model.dtype != "auto":
         return getattr(torch, recipe.model.dtype)
     half = recipe.trainer.arguments.get("bf16") and torch.cuda.is_available()
-    frozen = deepspeed is not None or recipe.lora.enabled
-    return torch.bfloat16 if half and frozen else torch.float32
+    kept_elsewhere = deepspeed is not None or recipe.lora.enabled
+    kept_elsewhere = kept_elsewhere or sharding_of(recipe, world_size()) is not None
+    return torch.bfloat16 if half and kept_elsewhere else torch.float32
 
 
 def training_arguments(
@@ -117,8 +121,9 @@ def training_arguments(
         values.setdefault("gradient_checkpointing_kwargs", {"use_reentrant": False})
     if not values.get("dataloader_num_workers"):
         values.pop("dataloader_prefetch_factor", None)
+    values |= fsdp_values(recipe, values, world_size())
     try:
-        with warnings.catch_warnings():
+        with host_backend(values), warnings.catch_warnings():
             # Newer names of some arguments do not exist in the oldest supported release.
             warnings.simplefilter("ignore", FutureWarning)
             return TrainingArguments(**{k: v for k, v in values.items() if v is not None})

@@ -38,7 +38,7 @@ def built_whole(arguments: TrainingArguments) -> Iterator[None]:
 
 
 class Sharing:
-    """What a model needs so that DeepSpeed can share its weights out, and be saved afterwards.
+    """What a model needs so that its weights can be shared out, and be saved afterwards.
 
     Args:
         model: before the trainer starts.
@@ -49,7 +49,7 @@ class Sharing:
         self, model: LlavaUHDForConditionalGeneration, arguments: TrainingArguments
     ) -> None:
         self.scalars: list[str] = []
-        if arguments.deepspeed:
+        if arguments.deepspeed or arguments.fsdp:
             self.scalars = widen_scalars(model)
 
     def tidy(self, model: nn.Module, state: State | None) -> State | None:
@@ -61,7 +61,7 @@ class Sharing:
 
 
 def widen_scalars(model: nn.Module) -> list[str]:
-    """Gives parameters without an axis one of length 1: DeepSpeed cannot send them otherwise.
+    """Gives parameters without an axis one of length 1: they cannot be shared out otherwise.
 
     Returns:
         Their names.

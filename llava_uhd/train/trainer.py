@@ -24,21 +24,20 @@ from llava_uhd.config.training import Recipe
 from llava_uhd.data.dataset import ConversationDataset
 from llava_uhd.data.packed import PackedSampler, PackedSamples
 from llava_uhd.data.sampler import BlockSampler, ModalityLengthSampler, SeededSampler
-from llava_uhd.errors import UserError
 from llava_uhd.language.by_sample import prefer_by_sample
 from llava_uhd.train.compression import INPUT, ScheduledCompression
 from llava_uhd.train.counting import FACTS, facts_of
-from llava_uhd.train.guarded import GuardedTrainer
+from llava_uhd.train.fsdp import plan_units
 from llava_uhd.train.heldout import HeldOut
 from llava_uhd.train.lora import LoraRun
 from llava_uhd.train.meter import Meter
 from llava_uhd.train.optimizers import make_optimizer, make_schedule
 from llava_uhd.train.sharding import Sharing
+from llava_uhd.train.shared_trainer import SharedTrainer
+from llava_uhd.train.shares import TRAINABLE_FILE, check_same
 from llava_uhd.train.stages import parameter_groups
 
 logger = logging.getLogger(__name__)
-
-TRAINABLE_FILE = "trainable.safetensors"
 
 
 class EpochToSampler(TrainerCallback):
@@ -61,7 +60,7 @@ class EpochToSampler(TrainerCallback):
             self.trainer.sampler.set_epoch(int(state.epoch or 0))
 
 
-class StageTrainer(GuardedTrainer):
+class StageTrainer(SharedTrainer):
     """Trains one stage of a recipe.
 
     While a part is frozen its weights are not written into intermediate checkpoints: they hold
@@ -92,13 +91,13 @@ class StageTrainer(GuardedTrainer):
         self.only_projector = only_projector
         self.lora = lora
         self.held_out = held_out
-        self.finishing = False
         self.sampler: SeededSampler | PackedSampler | None = None
         packed = isinstance(kwargs.get("train_dataset"), PackedSamples)
         if packed and recipe.model.attn_implementation is None:
             prefer_by_sample(kwargs["model"])
         super().__init__(**kwargs)
         self.sharing = Sharing(self.model, self.args)
+        plan_units(self)
         self.meter = Meter(recipe, self.model, self.args.device)
         self.add_callback(self.meter)
         self.add_callback(EpochToSampler(self))
@@ -237,19 +236,17 @@ class StageTrainer(GuardedTrainer):
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
         file = Path(resume_from_checkpoint) / TRAINABLE_FILE
-        if not file.is_file():
+        if self.is_fsdp_enabled or not file.is_file():
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         target = self.model if model is None else model
         state = load_file(file)
-        learning = {name for name, p in target.named_parameters() if p.requires_grad}
-        if set(state) != learning:
-            different = sorted(set(state) ^ learning)
-            raise UserError(
-                f"{file} was written by a run in which other parts learn "
-                f"({', '.join(different[:4])}, ...): use another trainer.output_dir"
-            )
+        check_same(state, target, file)
         target.load_state_dict(state, strict=False)
+
+    def belongs_to_result(self, name: str) -> bool:
+        """Whether the result of the stage needs a weight."""
+        return not self.only_projector or name.startswith("projector.")
 
     def finish(self) -> None:
         """Writes the finished stage into the output folder (all ranks take part)."""

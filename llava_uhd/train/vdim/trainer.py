@@ -24,7 +24,7 @@ from llava_uhd.data.sampler import SeededSampler
 from llava_uhd.errors import UserError
 from llava_uhd.images.feature_pictures import pyramid_picture, stack_sheets
 from llava_uhd.train.guarded import GuardedTrainer
-from llava_uhd.train.trainer import TRAINABLE_FILE
+from llava_uhd.train.shares import TRAINABLE_FILE
 from llava_uhd.train.vdim.build import HEADS_FILE, published_heads
 from llava_uhd.train.vdim.data import Pictures, PictureSet, Transform, batches
 from llava_uhd.train.vdim.draws import seed_of
