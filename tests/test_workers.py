@@ -6,11 +6,13 @@ import gc
 import multiprocessing
 import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fixtures_runs import FROM_NOTHING, Train, start
+from fixtures_runs import FROM_NOTHING, ROOT, Train, start
 from llava_files import draw_images, talk, write
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -174,3 +176,21 @@ def test_frames_can_be_collected_in_a_forked_process(tmp_path: Path) -> None:
     finally:
         gc.enable()
         gc.unfreeze()
+
+
+def test_a_process_that_leaves_ends_its_workers(tmp_path: Path) -> None:
+    """Also those that an error has kept alive: they leave SIGTERM alone, and it would wait."""
+    script = tmp_path / "leaves.py"
+    script.write_text(
+        "from torch.utils.data import DataLoader\n"
+        "from llava_uhd.train.signals import QuietWorker\n"
+        "loader = DataLoader(range(99), num_workers=2, worker_init_fn=QuietWorker(None))\n"
+        "kept = iter(loader)\n"
+        "next(kept)\n"
+        "raise SystemExit(3)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(
+        [sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert (ended.returncode, ended.stderr) == (3, "")

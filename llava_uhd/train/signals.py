@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import signal
@@ -97,11 +98,24 @@ def start_quiet_server() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def end_workers() -> None:
+    """Ends the workers that this process still has when it leaves.
+
+    The interpreter would send them SIGTERM, which they leave alone, and wait for them for ever.
+    """
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler calls their end an error
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
+
+
 class QuietWorker:
     """Start of a data loader's worker that leaves the signals of a scheduler to its run.
 
     A scheduler signals every process of a job. A worker that died of it would take the run along
-    before its checkpoint is written. Workers end with their run, however that ends.
+    before its checkpoint is written. Workers end with their run, however that ends: made in the run
+    itself, this sees to it.
 
     Args:
         first: what else a worker does when it starts.
@@ -109,6 +123,8 @@ class QuietWorker:
 
     def __init__(self, first: Callable[[int], None] | None) -> None:
         self.first = first
+        atexit.unregister(end_workers)
+        atexit.register(end_workers)  # once, and before those that were registered earlier
 
     def __call__(self, number: int) -> None:
         """In the worker."""
