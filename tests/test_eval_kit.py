@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from pathlib import Path
-from typing import Any
 
 import pytest
 from fixtures_eval import answers_file, golden_scores, same, scored, whole
-from fixtures_tiny import picture, tiny_parts
+from fixtures_tables import encoded, small_choices, table
+from fixtures_tiny import tiny_parts
 
 from llava_uhd.errors import UserError
 from llava_uhd.eval.generate import Answerer, Limits
@@ -20,24 +18,6 @@ from llava_uhd.eval.tasks.kit import LETTER_ZH, ChoiceTask, choice_prompt
 from llava_uhd.eval.tasks.mmmu import MMMU
 from llava_uhd.eval.tasks.question_file import LETTER, SHORT
 from llava_uhd.images.pixels import open_image
-
-
-def encoded(seed: int) -> str:
-    buffer = io.BytesIO()
-    picture(12 + seed, 10, seed=seed).save(buffer, "PNG")
-    return base64.b64encode(buffer.getvalue()).decode()
-
-
-def table(path: Path, rows: list[dict[str, Any]]) -> Path:
-    """Writes a table as VLMEvalKit's are."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    lines = ["\t".join(names)]
-    for row in rows:
-        cells = [str(row.get(name, "")) for name in names]
-        lines.append("\t".join(f'"{c}"' if "\n" in c else c for c in cells))
-    path.write_text("\n".join(lines) + "\n", "utf-8")
-    return path
 
 
 def test_ocrbench_equals_the_published_scorer(golden: Path, tmp_path: Path) -> None:
@@ -144,15 +124,6 @@ def test_prompts_of_choices() -> None:
         "\nAnswer with the option's letter from the given choices directly."
     )
     assert choice_prompt({"question": "哪个?"}, options, "llava").endswith(LETTER_ZH)
-
-
-def small_choices(path: Path) -> Path:
-    rows = [
-        {"index": k, "question": "Which?", "A": "tea", "B": "cup", "answer": "AB"[k % 2],
-         "category": "single", "cycle_category": str(k // 2), "image": encoded(k) if k < 2 else 1}
-        for k in range(4)
-    ]  # fmt: skip
-    return table(path, rows)
 
 
 def test_the_folder_of_the_kit_is_looked_into(

@@ -7,15 +7,20 @@ from llava_uhd.eval.tasks.documents import ESTVQA, DeepForm, InfographicVQA
 from llava_uhd.eval.tasks.docvqa import DocVQA, DocVQATest
 from llava_uhd.eval.tasks.gqa import GQA
 from llava_uhd.eval.tasks.hrbench import HRBench4K, HRBench8K
+from llava_uhd.eval.tasks.judged import LlavaBench, MMVet
+from llava_uhd.eval.tasks.mmbench import MMBench, MMBenchCN
 from llava_uhd.eval.tasks.mme import MME
 from llava_uhd.eval.tasks.mmmu import MMMU
 from llava_uhd.eval.tasks.ocrbench import OCRBench
 from llava_uhd.eval.tasks.pope import POPE
+from llava_uhd.eval.tasks.qbench import QBench, QBenchChinese, QBenchChineseTest, QBenchTest
 from llava_uhd.eval.tasks.realworldqa import RealWorldQA
 from llava_uhd.eval.tasks.rec import REC
 from llava_uhd.eval.tasks.scienceqa import ScienceQA
+from llava_uhd.eval.tasks.seed_bench import SeedBench, SeedBenchImages
 from llava_uhd.eval.tasks.synthetic import Synthetic
 from llava_uhd.eval.tasks.textvqa import TextVQA, TextVQAWithoutOCR
+from llava_uhd.eval.tasks.video_qa import MSRVTTQA, MSVDQA, ActivityNetQA
 from llava_uhd.eval.tasks.vizwiz import VizWiz, VizWizVal
 from llava_uhd.eval.tasks.vqav2 import VQAv2, VQAv2Val
 
@@ -24,7 +29,16 @@ ALIASES = {
     "sqa": "scienceqa",
     "scienceqa_img": "scienceqa",
     "seed": "seed_bench",
+    "seedbench": "seed_bench",
+    "seedbench_img": "seed_bench_img",
+    "mmbench_dev": "mmbench",
+    "mmbench_en_dev": "mmbench",
+    "mmbench_dev_20230712": "mmbench",
+    "mmbench_dev_cn_20231003": "mmbench_cn",
     "llavabench": "llava_bench",
+    "llava_in_the_wild": "llava_bench",
+    "llava_bench_in_the_wild": "llava_bench",
+    "mm_vet": "mmvet",
     "docvqa_val": "docvqa",
     "infovqa": "infographicvqa",
     "infovqa_val": "infographicvqa",
@@ -44,6 +58,16 @@ _KINDS: tuple[type[Task], ...] = (
     POPE,
     MME,
     ScienceQA,
+    MMBench,
+    MMBenchCN,
+    SeedBench,
+    SeedBenchImages,
+    QBench,
+    QBenchTest,
+    QBenchChinese,
+    QBenchChineseTest,
+    LlavaBench,
+    MMVet,
     DocVQA,
     DocVQATest,
     InfographicVQA,
@@ -57,6 +81,9 @@ _KINDS: tuple[type[Task], ...] = (
     RealWorldQA,
     HRBench4K,
     HRBench8K,
+    MSVDQA,
+    MSRVTTQA,
+    ActivityNetQA,
 )
 for _kind in _KINDS:
     TASKS.add(_kind.name, _kind())
