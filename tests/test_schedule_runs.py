@@ -174,15 +174,35 @@ def unbroken(request: pytest.FixtureRequest, workplace: Path) -> tuple[str, Path
     return request.param, run_here(workplace, "debug/finetune", f"out/{request.param}", *words)
 
 
+# What a run says when it goes on behind the checkpoints above; nothing where a stage begins there.
+RESUMED = {
+    "shares": {7: "step 7, in compression stage 4 of 4: off"},
+    "counts": {
+        3: "step 3, in compression stage 2 of 3: after layer 1, stride 2",
+        5: "step 5, in compression stage 3 of 3: off",
+        7: "step 7, in compression stage 3 of 3: off",
+    },
+}
+
+
+def resumed_line(printed: str) -> str | None:
+    found = [line.partition("goes on with ")[2] for line in printed.splitlines()]
+    found = [line for line in found if "compression stage" in line]
+    assert len(found) <= 1
+    return found[0] if found else None
+
+
 @pytest.mark.parametrize("step", [1, 3, 5, 7])
 def test_going_on_gives_the_unbroken_run(
-    train: Train, unbroken: tuple[str, Path], step: int
+    train: Train, unbroken: tuple[str, Path], step: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     name, whole = unbroken
     words = ("debug/finetune", f"out/{name}_{step}", *LONG)
     words += ("--compression.schedule", SCHEDULES[name])
     break_at(step, train, *words)
+    capsys.readouterr()
     broken = train(*words)
+    assert resumed_line(capsys.readouterr().out) == RESUMED[name].get(step)
     assert_same_run(whole, broken)
     assert stages_of(whole) == stages_of(broken), "no stage is logged twice"
     assert saved(whole) == saved(broken)

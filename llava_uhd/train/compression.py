@@ -111,13 +111,16 @@ def spans(schedule: Schedule, length: RunLength) -> list[Span]:
 def check_length(compression: CompressionConfig, length: RunLength) -> None:
     """Refuses a run that would outlast its counts, before anything is loaded.
 
+    A run that ends together with them is none: each of its micro-batches has a stage. (Of the
+    published program it takes the last one away, whose error comes when that pass is computed.)
+
     Raises:
-        UserError: the published program would end with an error in the middle of the run.
+        UserError: there are micro-batches without a stage.
     """
     if compression.schedule is None:
         return
     end = resolve_schedule(compression.schedule, 0).dies_after()
-    if end is not None and length.forwards >= end:
+    if end is not None and length.forwards > end:
         raise UserError(
             f"compression.schedule '{compression.schedule}' has no stage after micro-batch {end}, "
             f"but the run has {length.forwards}: add a stage (off), raise its last count, or give "
@@ -160,6 +163,20 @@ class ScheduledCompression(TrainerCallback):
         # Counts may end before their last stage.
         last = self.stage_of(steps - 1, self._size(steps - 1) - 1)
         model.config.compression = self.compression.of_stage(self.schedule.stages[last])
+        self._tell_resumed(state.global_step)
+
+    def _tell_resumed(self, step: int) -> None:
+        """Says in which stage a run goes on, unless that begins here and is told anyway."""
+        if not 0 < step < self.length.steps or not is_first_rank():
+            return
+        number = self.stage_of(step)
+        if number != self.stage_of(step - 1, self._size(step - 1) - 1):
+            return
+        stage, of = self.schedule.stages[number], len(self.schedule.stages)
+        say(
+            f"goes on with step {step + 1}, in compression stage {number + 1} of {of}: "
+            f"{stage.described}"
+        )
 
     def stage_of(self, step: int, micro: int = 0) -> int:
         """Number of the stage, from 0, of a micro-batch.
