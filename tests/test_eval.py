@@ -181,8 +181,11 @@ def test_log_has_one_writer(tmp_path: Path) -> None:
 def test_foreign_settings_are_named(tmp_path: Path) -> None:
     write_json(tmp_path / "settings.json", {"settings": {"beams": 1, "size": (3, 4)}})
     check_settings(tmp_path, {"beams": 1, "size": (3, 4)})
-    with pytest.raises(UserError, match=r"\(beams 1 -> 3\).*--overwrite"):
+    with pytest.raises(UserError, match=r"\(beams was 1, is 3\).*--overwrite"):
         check_settings(tmp_path, {"beams": 3, "size": (3, 4)})
+    words = "beams was 1, is not set; compression.layer was not set, is 16"
+    with pytest.raises(UserError, match=rf"\({words}\)"):
+        check_settings(tmp_path, {"compression.layer": 16, "size": (3, 4)})
 
 
 def test_ids_are_checked() -> None:

@@ -101,7 +101,7 @@ def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
         return
     now = json.loads(json.dumps(settings, default=str))  # tuples become lists, as on disk
     differing = [
-        f"{key} {_short(found.get(key))} -> {_short(now.get(key))}"
+        f"{key} was {_short(found.get(key))}, is {_short(now.get(key))}"
         for key in sorted({*found, *now})
         if found.get(key) != now.get(key)
     ]
@@ -112,7 +112,7 @@ def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
 
 
 def _short(value: Any) -> str:
-    text = str(value)
+    text = "not set" if value is None else str(value)
     return text if len(text) <= 40 else text[:40] + "..."
 
 
