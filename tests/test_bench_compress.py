@@ -43,7 +43,8 @@ from llava_uhd.bench.compress_picture import draw_times, label_groups
 from llava_uhd.config.compression import SCHEDULES, Schedule, Stage, parse_schedule
 from llava_uhd.errors import UserError
 from llava_uhd.images.cost import language_shape
-from llava_uhd.language.decoder import decode, supervised_loss
+from llava_uhd.language.decoder import decode
+from llava_uhd.language.loss import supervised_loss
 
 TINY = Task(3, 64, 96, 50, batch=2, visual=20, text=12)
 WORDS = ("--layers", "3", "--hidden", "64", "--vocabulary", "50", "--repeats", "2")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from types import ModuleType
 
-from llava_uhd.bench import compress, cost, encode, pack, project, train, upsample
+from llava_uhd.bench import compress, cost, encode, loss, pack, project, train, upsample
 from llava_uhd.errors import command
 
 COMMANDS = (encode, cost, upsample, project, compress, loss, train, pack)

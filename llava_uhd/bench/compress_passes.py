@@ -18,7 +18,8 @@ from llava_uhd.bench.compress_cost import Prompt, decoder_flops
 from llava_uhd.config.compression import CompressionConfig, Stage
 from llava_uhd.images.cost import language_shape
 from llava_uhd.language.compressed import decode_compressed, is_active
-from llava_uhd.language.decoder import IGNORE_INDEX, decode, supervised_loss
+from llava_uhd.language.decoder import IGNORE_INDEX, decode
+from llava_uhd.language.loss import supervised_loss
 from llava_uhd.language.runs import Run, place_runs
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

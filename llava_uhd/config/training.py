@@ -135,6 +135,9 @@ class TrainerConfig:
         max_grad_norm_stop: a gradient norm above it, before clipping, ends the run without taking
             the step; None: only one that is not finite does.
         check_room: refuse a run whose estimated memory or checkpoints do not fit.
+        loss: how many logits exist at a time: "whole" those of all learned tokens of a micro-batch,
+            "chunked" those of a piece of them, "auto" pieces where all would take more than 2 GiB
+            in float32; "liger" takes the kernels of liger-kernel (CUDA).
         arguments: any other fields of transformers' ``TrainingArguments``. In a recipe they stand
             beside the keys above.
     """
@@ -144,6 +147,7 @@ class TrainerConfig:
     group_by_modality_length: bool = False
     max_grad_norm_stop: float | None = None
     check_room: bool = True
+    loss: Literal["auto", "whole", "chunked", "liger"] = "auto"
     arguments: dict[str, Any] = field(
         default_factory=dict, metadata={"open_keys": training_argument_types}
     )

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from llava_uhd.errors import UserError
 
 IGNORE_INDEX = -100
 
@@ -52,37 +53,79 @@ def output_with(hidden: torch.Tensor, cache: Any) -> BaseModelOutputWithPast:
     return BaseModelOutputWithPast(last_hidden_state=hidden, **{_cache_field(): cache})
 
 
-def supervised_loss(
-    head: nn.Module,
-    hidden: torch.Tensor,
-    labels: torch.Tensor,
-    num_items: torch.Tensor | int | None = None,
-) -> torch.Tensor:
-    """Next-token cross entropy, with logits computed at learned positions only.
+# What language models of transformers do with the output of their head: name in the configuration
+# by model_type. Each found in the model's own forward pass.
+_TIMES = {
+    **dict.fromkeys(("cohere", "cohere2", "cohere2_moe"), "logit_scale"),
+    "falcon_h1": "lm_head_multiplier",
+    "hyperclovax": "logits_scaling",
+}
+_DIVIDED_BY = dict.fromkeys(
+    (
+        *("granite", "granitemoe", "granitemoe_swa", "granitemoeshared", "granitemoehybrid"),
+        "minicpm3",
+    ),
+    "logits_scaling",
+)
+_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
+
+
+@dataclasses.dataclass(frozen=True)
+class LogitRule:
+    """From the output of a head to logits: ``cap * tanh(output * scale / cap)``.
+
+    Attributes:
+        vocabulary: logits of a position; 0: not known.
+        scale: factor.
+        cap: bound of the logits (Gemma); None: there is none.
+    """
+
+    vocabulary: int = 0
+    scale: float = 1.0
+    cap: float | None = None
+
+    def __call__(self, output: torch.Tensor) -> torch.Tensor:
+        """Logits (..., vocabulary)."""
+        if self.scale != 1.0:
+            output = output * self.scale
+        return output if self.cap is None else self.cap * torch.tanh(output / self.cap)
+
+
+AS_THEY_ARE = LogitRule()
+
+
+def logit_rule(config: PreTrainedConfig) -> LogitRule:
+    """The rule of a language model.
 
     Args:
-        head: hidden states to logits.
-        hidden: (B, T, D).
-        labels: (B, T), `IGNORE_INDEX` where nothing is learned.
-        num_items: learned tokens of the whole optimizer step; None means those of this batch.
+        config: of the language model.
 
-    Returns:
-        float32 scalar: sum over learned tokens divided by ``num_items``; zero, still connected to
-        ``hidden``, if nothing is learned.
+    Raises:
+        UserError: it has a factor of logits, and it is not known how it is meant.
     """
-    targets = labels[:, 1:]
-    learned = targets != IGNORE_INDEX
-    rows = hidden[:, :-1][learned]  # (N, D)
-    if rows.shape[0] == 0:
-        # The head runs all the same: processes that share its weights out must all call it.
-        return head(hidden[:1, :1]).float().sum() * 0.0 + hidden.float().sum() * 0.0
-    losses = F.cross_entropy(head(rows).float(), targets[learned], reduction="sum")
-    if num_items is None:
-        return losses / rows.shape[0]
-    return losses / num_items
+    kind, scale = config.model_type, 1.0
+    if kind in _TIMES:
+        scale = float(getattr(config, _TIMES[kind]))
+    elif kind in _DIVIDED_BY:
+        scale = 1.0 / float(getattr(config, _DIVIDED_BY[kind]))
+    else:
+        for name in _SCALES:
+            if getattr(config, name, None) not in (None, 1.0):
+                raise UserError(
+                    f"language model '{kind}' has {name} {getattr(config, name)}, and it is not "
+                    "known what it does with it: logits and losses would be wrong. Take another "
+                    "language model, or enter it in llava_uhd/language/decoder.py"
+                )
+    cap = getattr(config, "final_logit_softcapping", None)
+    return LogitRule(int(config.vocab_size), scale, None if cap is None else float(cap))
 
 
-def logits_at(head: nn.Module, hidden: torch.Tensor, keep: int | torch.Tensor) -> torch.Tensor:
+def logits_at(
+    head: nn.Module,
+    hidden: torch.Tensor,
+    keep: int | torch.Tensor,
+    rule: LogitRule = AS_THEY_ARE,
+) -> torch.Tensor:
     """Logits of the last ``keep`` positions (0: all), or of the positions in a 1-D index."""
     positions = slice(-keep, None) if isinstance(keep, int) and keep > 0 else slice(None)
-    return head(hidden[:, keep if isinstance(keep, torch.Tensor) else positions])
+    return rule(head(hidden[:, keep if isinstance(keep, torch.Tensor) else positions]))

@@ -24,13 +24,8 @@ from llava_uhd.language.compressed import (
     fewer_tokens,
     is_active,
 )
-from llava_uhd.language.decoder import (
-    cache_of,
-    decode,
-    logits_at,
-    output_with,
-    supervised_loss,
-)
+from llava_uhd.language.decoder import cache_of, decode, logit_rule, logits_at, output_with
+from llava_uhd.language.loss import LossPlan, supervised_loss
 from llava_uhd.model.generation import VocabularyLogitsProcessors, tidy_generation_config
 from llava_uhd.model.packing import (
     new_features,
@@ -172,6 +167,7 @@ class LlavaUHDForConditionalGeneration(VisualTokens, PreTrainedModel, Generation
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
+        loss_plan: LossPlan | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """One pass over text with images.
@@ -191,6 +187,7 @@ class LlavaUHDForConditionalGeneration(VisualTokens, PreTrainedModel, Generation
             labels: (B, T), -100 where nothing is learned; not shifted.
             logits_to_keep: last positions with logits, 0: all. None: all, or none with labels.
             num_items_in_batch: learned tokens of the whole optimizer step.
+            loss_plan: how many logits are alive at a time; None: those of all learned tokens.
             **kwargs: passed to the decoder.
 
         Returns:
@@ -211,7 +208,8 @@ class LlavaUHDForConditionalGeneration(VisualTokens, PreTrainedModel, Generation
         kwargs |= {} if past_key_values is None else {"cache": past_key_values}
         outputs, labels = self._decode(inputs_embeds, labels, visual_runs, compression, kwargs)
         states = outputs.last_hidden_state
-        loss, logits = self._loss_and_logits(states, labels, logits_to_keep, num_items_in_batch)
+        items = num_items_in_batch
+        loss, logits = self._loss_and_logits(states, labels, logits_to_keep, items, loss_plan)
         return CausalLMOutputWithPast(
             loss, logits, cache_of(outputs), outputs.hidden_states, outputs.attentions
         )
@@ -270,14 +268,17 @@ class LlavaUHDForConditionalGeneration(VisualTokens, PreTrainedModel, Generation
         labels: torch.Tensor | None,
         logits_to_keep: int | torch.Tensor | None,
         num_items: torch.Tensor | int | None,
+        plan: LossPlan | None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """What `forward` computes of hidden states (B, T, D)."""
-        head = self.get_output_embeddings()
+        head, rule = self.get_output_embeddings(), logit_rule(self.config.text_config)
         loss = logits = None
         if labels is not None:
-            loss = supervised_loss(head, hidden, labels.to(hidden.device), num_items)
+            labels = labels.to(hidden.device)
+            loss = supervised_loss(head, hidden, labels, num_items, plan, rule)
         if labels is None or logits_to_keep is not None:
-            logits = logits_at(head, hidden, 0 if logits_to_keep is None else logits_to_keep)
+            keep = 0 if logits_to_keep is None else logits_to_keep
+            logits = logits_at(head, hidden, keep, rule)
         return loss, logits
 
     @torch.no_grad()

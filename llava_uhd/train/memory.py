@@ -16,6 +16,7 @@ from torch import nn
 from llava_uhd.config.model import LlavaUHDConfig
 from llava_uhd.images.cost import LanguageShape, built_tower_layers, language_shape, tower_shape
 from llava_uhd.images.geometry import Size
+from llava_uhd.language.loss import plan_chunks
 
 # Optimizer -> bytes that it keeps for each learning value, beside a master copy. Names are those of
 # ``trainer.optim``; others are taken for AdamW.
@@ -78,7 +79,7 @@ class Memory:
         gradients: of the learning parameters.
         optimizer: moments, and float32 masters of half-precision weights.
         activations: kept for the backward pass.
-        logits: of the learned positions, with their gradients.
+        logits: those that exist at a time, with what the softmax keeps and their gradients.
     """
 
     weights: float = 0.0
@@ -134,6 +135,7 @@ def batch_memory(
     learns: Mapping[str, bool],
     dtype: torch.dtype = torch.float32,
     checkpointing: bool = False,
+    loss: str = "whole",
 ) -> Memory:
     """Activations and logits of one micro-batch.
 
@@ -143,6 +145,7 @@ def batch_memory(
         learns: part -> whether it learns: ``vision_tower``, ``projector``, ``language_model``.
         dtype: of the computation.
         checkpointing: layers keep their inputs only; one at a time is computed again.
+        loss: ``trainer.loss``.
     """
     size = dtype.itemsize
     language = language_shape(config.text_config)
@@ -151,10 +154,37 @@ def batch_memory(
     activations = _layers(language.layers, layer, kept, checkpointing)
     if learns.get("vision_tower"):
         activations += _tower_activations(config, batch.grids, size, checkpointing)
-    # Logits in the dtype of the computation, in float32, and their gradient.
-    per_logit = (0 if size == 4 else size) + 4 + 4
-    logits = batch.learned * language.vocabulary * float(per_logit)
+    learning = learns.get("language_model", False)
+    sizes = (batch.learned, language.vocabulary, language.width)
+    logits = logit_bytes(*sizes, size, loss, learning)
     return Memory(activations=activations, logits=logits)
+
+
+def logit_bytes(
+    rows: int, vocabulary: int, width: int, size: int, form: str, learns: bool
+) -> float:
+    """Bytes that the loss takes beside the gradient of the head.
+
+    At its peak, in the backward pass, each logit is there three times in float32: its logarithm of
+    the softmax, and the gradients of that and of the logit. Under "chunked" these are of one piece,
+    but the head's gradient of a piece is there beside the sum. Liger's kernels keep logits in the
+    dtype of the computation, about as many as the states of all learned tokens have values, and sum
+    the head's gradient in float32.
+
+    Args:
+        rows: learned tokens.
+        vocabulary: logits of each.
+        width: of the language model.
+        size: bytes of a value in the computation.
+        form: ``trainer.loss``.
+        learns: the head does.
+    """
+    table = float(vocabulary * width) if learns else 0.0
+    if form == "liger":
+        return rows * width * size * 2.0 + table * (4 if size < 4 else 0)
+    pieces = plan_chunks(form, rows, vocabulary)
+    piece = -(-rows // pieces)
+    return piece * vocabulary * 12.0 + (table * size if pieces > 1 else 0.0)
 
 
 def layer_bytes(shape: LanguageShape, size: int, learns: bool) -> float:

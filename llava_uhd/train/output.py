@@ -29,6 +29,7 @@ _HARMLESS = (
     "disable_tqdm",
     "max_grad_norm_stop",
     "check_room",
+    "loss",  # another order of adding, nothing else
     "output_dir",
     "eval_strategy",
     "eval_steps",

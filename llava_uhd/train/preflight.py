@@ -181,9 +181,8 @@ def look_ahead(
     state = state_memory(model, plan, optimizer, masters)
     batch = largest_batch(samples, arguments.per_device_train_batch_size, slots)
     dtype = torch.bfloat16 if half else torch.float32
-    active = batch_memory(
-        model.config, batch, learning, dtype, bool(arguments.gradient_checkpointing)
-    )
+    checkpointing, form = bool(arguments.gradient_checkpointing), recipe.trainer.loss
+    active = batch_memory(model.config, batch, learning, dtype, checkpointing, form)
     kept = arguments.save_total_limit or max(length.steps // max(int(arguments.save_steps), 1), 1)
     saves = 0 if str(getattr(arguments.save_strategy, "value", "steps")) == "no" else kept + 1
     return Outlook(
@@ -323,7 +322,8 @@ ADVICE = {
     "--trainer.optim adamw_bnb_8bit shrinks it",
     "activations": "--trainer.gradient_checkpointing true, or a smaller "
     "--trainer.per_device_train_batch_size (the global batch stays)",
-    "logits": "a smaller --trainer.per_device_train_batch_size (the global batch stays)",
+    "logits": "--trainer.loss chunked, or a smaller --trainer.per_device_train_batch_size (the "
+    "global batch stays)",
 }
 
 

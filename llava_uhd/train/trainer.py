@@ -29,6 +29,8 @@ from llava_uhd.train.compression import INPUT, ScheduledCompression
 from llava_uhd.train.counting import FACTS, facts_of
 from llava_uhd.train.fsdp import plan_units
 from llava_uhd.train.heldout import HeldOut
+from llava_uhd.train.loss import INPUT as LOSS_PLAN
+from llava_uhd.train.loss import LossPlanner
 from llava_uhd.train.lora import LoraRun
 from llava_uhd.train.meter import Meter
 from llava_uhd.train.optimizers import make_optimizer, make_schedule
@@ -97,6 +99,7 @@ class StageTrainer(SharedTrainer):
             prefer_by_sample(kwargs["model"])
         super().__init__(**kwargs)
         self.sharing = Sharing(self.model, self.args)
+        self.loss_planner = LossPlanner(recipe.trainer.loss, self.model, self.args)
         plan_units(self)
         self.meter = Meter(recipe, self.model, self.args.device)
         self.add_callback(self.meter)
@@ -184,7 +187,8 @@ class StageTrainer(SharedTrainer):
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         # Evaluation comes here too; the model knows nothing of these counts.
-        return super()._prepare_inputs({k: v for k, v in inputs.items() if k != FACTS})
+        inputs = super()._prepare_inputs({k: v for k, v in inputs.items() if k != FACTS})
+        return {**inputs, LOSS_PLAN: self.loss_planner(inputs)}
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Loss and answers of what is held out."""
