@@ -242,13 +242,13 @@ def test_settings_protect_answers(tiny_checkpoint: Path, questions: Path, tmp_pa
     out = tmp_path / "out"
     assert run(tiny_checkpoint, questions, out, "--limit", "2") == 0
     assert "first 2 of 8 only: not comparable" in (out / "results.md").read_text()
-    with pytest.raises(UserError, match=r"beams 1 -> 2"):
+    with pytest.raises(UserError, match=r"beams was 1, is 2"):
         run(tiny_checkpoint, questions, out, "--beams", "2")
     copy = tmp_path / "data"
     shutil.copytree(questions, copy)
     text = (copy / "eval.jsonl").read_text().replace("What does", "Tell what")
     (copy / "eval.jsonl").write_text(text)
-    with pytest.raises(UserError, match=r"\(questions \w+ -> \w+\)"):
+    with pytest.raises(UserError, match=r"\(questions was \w+, is \w+\)"):
         run(tiny_checkpoint, copy, out)
     assert run(tiny_checkpoint, copy, out, "--overwrite") == 0
     assert collect(out)[0].items == 8

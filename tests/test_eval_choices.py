@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fixtures_eval import answers_file, golden_scores, lines, same, scored, submitted, whole
-from fixtures_tiny import picture
+from fixtures_eval import (
+    answers_file,
+    golden_scores,
+    lines,
+    make_mmbench,
+    same,
+    scored,
+    submitted,
+    whole,
+)
 
 from llava_uhd.errors import UserError
 from llava_uhd.eval.tables import read_table
@@ -77,22 +83,6 @@ def test_mmbench_uploads_are_the_published_ones(golden: Path, task: str, tmp_pat
     wanted = json.loads(published.with_name("toy-model_as_json.json").read_text("utf-8"))
     assert list(rows[0]) == wanted["columns"]
     assert [list(row.values()) for row in rows] == wanted["rows"]
-
-
-def make_mmbench(root: Path, folder: str, table: str) -> Path:
-    buffer = io.BytesIO()
-    picture(20, 12, seed=1).save(buffer, "PNG")
-    image = base64.b64encode(buffer.getvalue()).decode()
-    names = "index question hint A B C D answer category image source l2-category comment split"
-    options = [["red", "a cup", "None", "blue"], ["a cup", "red", "", ""]]
-    rows = [names.split()]
-    for copy, answer in enumerate("BA"):
-        row = [str(1_000_000 * copy + 3), "What?", "Look." * copy, *options[copy], answer]
-        rows.append([*row, "c", image if not copy else "3", "s", "l", "", "dev"])
-    path = root / folder / f"{table}.tsv"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join("\t".join(row) + "\n" for row in rows), "utf-8")
-    return path.parent
 
 
 def test_mmbench_on_small_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -8,7 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fixtures_eval import answers_file, golden_scores, lines, same, scored, submitted, whole
+from fixtures_eval import (
+    answers_file,
+    golden_scores,
+    lines,
+    make_textvqa,
+    same,
+    scored,
+    submitted,
+    whole,
+)
 
 from llava_uhd.errors import UserError
 from llava_uhd.eval.__main__ import main
@@ -111,23 +120,6 @@ def test_submissions_are_the_published_ones(golden: Path, caplog: pytest.LogCapt
     files = submitted("vizwiz", root, root / "vizwiz/answers/toy-model.jsonl")
     assert files == {"vizwiz.json": upload.read_bytes()}
     TASKS.get("vizwiz").check_submission(root / "vizwiz", upload)
-
-
-def make_textvqa(root: Path) -> Path:
-    folder = root / "textvqa"
-    data = [
-        {"question": "What Is It?", "image_id": "a", "answers": ["cup"] * 10},
-        {"question": "Who?", "image_id": "a", "answers": ["bob"] * 2 + ["ann"] * 8},
-        {"question": "Who?", "image_id": "b", "answers": ["zoe"] * 10},
-    ]
-    whole(folder / "TextVQA_0.5.1_val.json", {"data": data})
-    texts = [f"{row['question']}\nReference OCR token: X, Y{SHORT}" for row in data]
-    rows = [
-        {"question_id": row["image_id"], "image": f"{row['image_id']}.jpg", "text": text}
-        for row, text in zip(data, texts)
-    ]
-    lines(folder / "llava_textvqa_val_v051_ocr.jsonl", rows)
-    return folder
 
 
 def test_textvqa_on_small_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

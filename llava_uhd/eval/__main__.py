@@ -7,12 +7,13 @@
     python -m llava_uhd.eval score --task TASK --data-root DIR --answers FILE --output OUT.json
                                                              scores a published answers file
     python -m llava_uhd.eval list                            tasks, and where their data come from
+    python -m llava_uhd.eval check-data                      every expected file: here or missing
+    python -m llava_uhd.eval check-submission --task TASK FILE    would a server take this file?
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import logging
 import sys
 import warnings
@@ -36,10 +37,16 @@ from llava_uhd.checkpoint.compression import (
 from llava_uhd.checkpoint.load import load_pretrained, parse_dtype
 from llava_uhd.checkpoint.sources import find_checkpoint, resolve_folder
 from llava_uhd.checkpoint.weights import read_json
-from llava_uhd.errors import UserError, command, make_folder
-from llava_uhd.eval.answers import SETTINGS_FILE, write_json
+from llava_uhd.errors import UserError, command
+from llava_uhd.eval.answers import SETTINGS_FILE
+from llava_uhd.eval.commands import (
+    add_data_commands,
+    check_data_command,
+    check_submission_command,
+    score_published,
+)
 from llava_uhd.eval.generate import Answerer, Limits
-from llava_uhd.eval.offline import score_file
+from llava_uhd.eval.protocols import OWN, PROTOCOLS, processor_for
 from llava_uhd.eval.provenance import data_digest, model_digest, provenance
 from llava_uhd.eval.ranks import Ranks
 from llava_uhd.eval.results import RESULTS_NAME, TaskResult, write_results
@@ -62,14 +69,19 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     run.add_argument("--tasks", help="comma-separated; default: all whose data are here")
     run.add_argument("--limit", type=int, help="only the first N items: a trial, not comparable")
     run.add_argument("--batch-size", type=int, default=8)
-    run.add_argument("--beams", type=int, help="default: the task's own")
-    run.add_argument("--max-new-tokens", type=int, help="default: the task's own")
+    run.add_argument("--beams", type=int, help="default: the protocol's")
+    run.add_argument("--max-new-tokens", type=int, help="default: the protocol's")
+    run.add_argument(
+        "--protocol",
+        default=OWN,
+        help=f"measure as a published system did ({', '.join(PROTOCOLS.names())}); default: {OWN}",
+    )
     run.add_argument("--data-root", type=Path, help=f"default: {DATA_ROOT}")
     run.add_argument(
         "--output",
         type=Path,
         help="default: CHECKPOINT/eval, or eval-compression-K-S beside it when another compression "
-        "than the checkpoint's own is asked for",
+        "than the checkpoint's own is asked for; the name of another protocol is added",
     )
     run.add_argument("--overwrite", action="store_true", help="throw earlier answers away")
     run.add_argument("--device", help="cuda, cuda:N, mps, cpu; default: the best one here")
@@ -90,6 +102,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     score.add_argument("--data-root", type=Path, help="default: where the run found them")
     listing = commands.add_parser("list", help="tasks and their data")
     listing.add_argument("--data-root", type=Path, help=f"default: {DATA_ROOT}")
+    add_data_commands(commands)
     return parser.parse_args(words)
 
 
@@ -102,11 +115,13 @@ def main(words: list[str] | None = None) -> int:
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
     options = parse_arguments(words)
-    if options.command == "list":
-        return list_tasks(options)
-    if options.command == "score":
-        return score_command(options)
-    return run_command(options)
+    known = {
+        "list": list_tasks,
+        "score": score_command,
+        "check-data": check_data_command,
+        "check-submission": check_submission_command,
+    }
+    return known.get(options.command, run_command)(options)
 
 
 def choose_tasks(names: str | None, data_root: Path | None, console: Console) -> list[Task]:
@@ -120,17 +135,23 @@ def choose_tasks(names: str | None, data_root: Path | None, console: Console) ->
         if not chosen:
             raise UserError(f"--tasks '{names}' names no task (known: {', '.join(TASKS.names())})")
         tasks = list(dict.fromkeys(find_task(name) for name in chosen))
+        for task in tasks:
+            task.provide(task.root(data_root))
         missing = [task.missing(task.root(data_root)) for task in tasks]
         if any(missing):
             raise UserError("; ".join(filter(None, missing)))
         return tasks
-    present, absent = [], []
-    for name in TASKS.names():
-        message = TASKS.get(name).missing(TASKS.get(name).root(data_root))
-        if message is None:
-            present.append(TASKS.get(name))
+    messages = {
+        name: TASKS.get(name).missing(TASKS.get(name).root(data_root)) for name in TASKS.names()
+    }
+    absent = [message for message in messages.values() if message]
+    present = []
+    for name in [name for name, message in messages.items() if message is None]:
+        whole = TASKS.get(name).part_of
+        if whole is not None and messages[whole] is None:
+            absent.append(f"{name} asks what {whole} asks: --tasks can name it")
         else:
-            absent.append(message)
+            present.append(TASKS.get(name))
     if not present:
         raise UserError("no task has its data here: " + "; ".join(absent))
     for message in absent:
@@ -145,7 +166,10 @@ def run_command(options: argparse.Namespace) -> int:
     if options.limit is not None and options.limit < 1:
         raise UserError(f"--limit {options.limit}: must be at least 1")
     compression = read_options(options)
-    tasks = choose_tasks(options.tasks, options.data_root, console)
+    protocol = PROTOCOLS.get(options.protocol)
+    tasks = [
+        protocol.apply(task) for task in choose_tasks(options.tasks, options.data_root, console)
+    ]
     limits = {
         task.name: make_limits(task, options.beams, options.max_new_tokens, options.batch_size)
         for task in tasks
@@ -164,37 +188,45 @@ def run_command(options: argparse.Namespace) -> int:
         console.print(off, markup=False, highlight=False, soft_wrap=True)
     compressed = active_settings(model.config.compression, layers)
     name = "eval" if compressed == own else f"eval-{folder_name(compressed)}"
+    name += "" if protocol.name == OWN else f"-{protocol.name}"
     output = options.output or _default_output(str(checkpoint), folder, name)
-    image = dataclasses.asdict(processor.image_config)
+    image = processor.image_config
     settings = {
         "model": model_digest(folder),
         "base": _digest_of(options.model_base, "language model"),
         "vision_tower": _digest_of(options.vision_tower, "vision tower"),
         "template": processor.template_name,
-        **{f"image.{key}": value for key, value in image.items()},
         **compressed,
         "dtype": str(dtype).removeprefix("torch."),
-        "protocol": "ours",
     }
     facts = {"checkpoint": str(checkpoint), **provenance(device, ranks.size)}
-    jobs = [make_job(task, limits[task.name], settings, facts, options, output) for task in tasks]
+    jobs = []
+    for task in tasks:
+        known = {**settings, **protocol.settings(task, image)}
+        jobs.append(make_job(task, limits[task.name], known, facts, options, output))
     ranks.connect()
     try:
         prepare(jobs, ranks, options.overwrite)
         failed = 0
         for job in jobs:
-            answerer = Answerer(model, processor, job.task, limits[job.task.name])
-            _, failures = run_job(job, answerer, ranks, console)
-            failed += len(failures)
-            for each in failures[:20]:
-                text = f"failed: {job.task.name} {each.id!r}: {each.reason}"
-                console.print(text, markup=False, highlight=False, soft_wrap=True)
+            wanted = processor_for(processor, protocol.images(job.task.name, image))
+            answerer = Answerer(model, wanted, job.task, limits[job.task.name])
+            failed += answer_job(job, answerer, ranks, console)
         ranks.wait()
     finally:
         ranks.disconnect()
     if ranks.rank > 0:
         return int(failed > 0)
     return report(output, str(checkpoint), [task.name for task in tasks])
+
+
+def answer_job(job: Job, answerer: Answerer, ranks: Ranks, console: Console) -> int:
+    """Answers and scores one task; the number of items that failed, the first of them told."""
+    _, failures = run_job(job, answerer, ranks, console)
+    for each in failures[:20]:
+        text = f"failed: {job.task.name} {each.id!r}: {each.reason}"
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+    return len(failures)
 
 
 def make_job(
@@ -279,27 +311,6 @@ def score_command(options: argparse.Namespace) -> int:
         score_again(folder, TASKS.get(folder.name), options.data_root)
     recorded = read_json(folders[0] / RUN_FILE).get("checkpoint", options.results)
     return report(options.results, str(recorded), [folder.name for folder in folders])
-
-
-def score_published(options: argparse.Namespace) -> int:
-    """``score --task``: an answers file in the published layout."""
-    if options.results is not None or options.answers is None:
-        raise UserError("score --task TASK needs --answers FILE, and no results folder")
-    task = find_task(options.task)
-    result = score_file(
-        task, options.data_root, options.answers, "published" if options.compatible else "default"
-    )
-    if options.output is not None:
-        make_folder(options.output.parent, "output folder")
-        write_json(options.output, result)
-    table = Table("metric", "score")
-    for name, value in result["scores"].items():
-        table.add_row(escape(name), f"{value:.6g}")
-    console = Console()
-    console.print(table)
-    count = f"{len(result['items'])} items of {task.title}"
-    console.print(count, markup=False, highlight=False, soft_wrap=True)
-    return 0
 
 
 def list_tasks(options: argparse.Namespace) -> int:

@@ -46,6 +46,7 @@ class TaskResult:
         counts: metric -> number of items it applies to, where that is not all of them.
         of: number of items of the whole task.
         problem: why there is no score, or an empty text.
+        remark: what has to be done with answers that cannot be scored here, or an empty text.
         settings: protocol of the run.
         breakdown: group -> value -> scores.
     """
@@ -59,6 +60,7 @@ class TaskResult:
     counts: Mapping[str, int] = field(default_factory=dict)
     of: int = 0
     problem: str = ""
+    remark: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
     breakdown: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
 
@@ -66,7 +68,9 @@ class TaskResult:
     def note(self) -> str:
         """What a reader of the number has to know."""
         part = f"first {self.items} of {self.of} only: not comparable" * (self.items < self.of)
-        return "; ".join(filter(None, (short_name(self.settings), self.problem or part)))
+        return "; ".join(
+            filter(None, (short_name(self.settings), self.problem or part, self.remark))
+        )
 
     @property
     def rows(self) -> list[Row]:
@@ -120,7 +124,7 @@ def score_answers(
         total: number of items of the whole task.
         settings: shown beside the scores.
     """
-    scored = []
+    task, scored = task.with_settings(settings), []
     for item in items:
         text = answers[item.id].text
         parsed = task.parse(item, text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import shutil
@@ -27,6 +28,7 @@ from llava_uhd.eval.answers import (
     write_lines,
 )
 from llava_uhd.eval.generate import Answerer, Failure, Limits
+from llava_uhd.eval.layout import remark, write_published, write_submissions
 from llava_uhd.eval.progress import Meter
 from llava_uhd.eval.ranks import Ranks
 from llava_uhd.eval.results import TaskResult, check_ids, item_rows, score_answers, write_task
@@ -190,10 +192,17 @@ def score_task(job: Job, answers: Mapping[str | int, Answer], problem: str) -> T
         )
         write_task(job.folder, result)
         return result
+    texts = {item.id: answers[item.id].text for item in job.wanted}
+    model = Path(str(job.provenance.get("checkpoint", "model"))).name
+    write_published(job.folder, job.task, job.wanted, texts, model)
+    files = write_submissions(job.folder, job.task, job.data, job.items, texts)
     result, scored = score_answers(
         job.task, job.wanted, answers, total=len(job.items), settings=job.settings
     )
+    result = dataclasses.replace(result, remark=remark(job.task, files))
     write_task(job.folder, result, item_rows(scored, answers))
+    for name, content in job.task.with_settings(job.settings).pictures(scored):
+        (job.folder / name).write_bytes(content)
     return result
 
 
@@ -221,7 +230,7 @@ def score_again(folder: Path, task: Task, data_root: Path | None) -> TaskResult:
         if row["id"] in answers:
             raise UserError(f"{path}: {row['id']!r} was answered twice: remove one of the lines")
         answers[row["id"]] = make_answer(row, path)
-    job = Job(task, task.load(root), limit, folder, root, settings, {})
+    job = Job(task, task.load(root), limit, folder, root, settings, recorded)
     return score_task(job, answers, check_ids(job.wanted, job.items, answers))
 
 

@@ -95,6 +95,9 @@ class Task(ABC):
             wrong answer (scored as `missing_text`), or a question that does not count.
         missing_text: stands for an answer that is not there.
         scored_by: name of the task that scores answers locally, for instance on another split.
+        published_size: number of questions of the published set, None where that is not known.
+        part_of: name of a task that asks the same; where that one is there, a run that names no
+            tasks leaves this one out.
         scale: published numbers are the main metric times this.
         in_answer_order: answers of a file are scored in its order also where the mode is not
             "published".
@@ -113,6 +116,8 @@ class Task(ABC):
     unanswered: Literal["error", "wrong", "skip"] = "error"
     missing_text: str = ""
     scored_by: str | None = None
+    published_size: int | None = None
+    part_of: str | None = None
     scale: float = 1.0
     in_answer_order: bool = False
     mode: Mode = "default"
@@ -130,6 +135,17 @@ class Task(ABC):
             data_root: given by the user, or None for the usual place.
         """
         return (data_root or DATA_ROOT) / self.folder
+
+    def provide(self, root: Path) -> None:
+        """Makes data that need no download; called where the task is named, before it is read."""
+
+    def with_settings(self, settings: Mapping[str, Any]) -> Task:
+        """The task that scores answers made with these settings of a run; mostly itself."""
+        return self
+
+    def pictures(self, scored: Sequence[Scored]) -> list[tuple[str, bytes]]:
+        """PNG files for the folder of the results: (file name, content); mostly none."""
+        return []
 
     @abstractmethod
     def files(self, root: Path) -> list[Path]:

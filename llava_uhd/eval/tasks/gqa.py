@@ -27,6 +27,7 @@ class GQA(QuestionFileTask):
         "question file from eval.zip of the LLaVA-1.5 evaluation guide"
     )
     questions = "llava_gqa_testdev_balanced.jsonl"
+    published_size = 12_578
     annotations = "data/testdev_balanced_questions.json"
     images = "data/images"
     main_metric = "accuracy"

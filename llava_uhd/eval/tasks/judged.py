@@ -24,6 +24,7 @@ class LlavaBench(QuestionFileTask):
         "context.jsonl, answers_gpt4.jsonl and images"
     )
     questions = "questions.jsonl"
+    published_size = 60
     images = "images"
     main_metric = "relative"
     max_new_tokens = 1024
@@ -55,6 +56,7 @@ class MMVet(QuestionFileTask):
         "eval.zip of the LLaVA-1.5 evaluation guide"
     )
     questions = "llava-mm-vet.jsonl"
+    published_size = 218
     images = "images"
     main_metric = "total"
     max_new_tokens = 1024

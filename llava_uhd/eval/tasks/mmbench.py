@@ -46,6 +46,7 @@ class MMBench(ChoiceTask):
     table = "mmbench_dev_20230712"
     columns = ("index", "question", "A", "B", "answer")
     request = LETTER
+    published_size: int | None = 4_377
     max_new_tokens = 1024
     unanswered = "wrong"
     missing_text = "nan"  # what the published scorer makes of an empty cell
@@ -173,6 +174,7 @@ class MMBenchCN(MMBench):
     source = "get mmbench_dev_cn_20231003.tsv from the MMBench repository of OpenCompass"
     table = "mmbench_dev_cn_20231003"
     request = LETTER_ZH
+    published_size = None
 
     def root(self, data_root: Path | None) -> Path:
         """The first of the folders that has the table."""

@@ -28,6 +28,7 @@ class MME(QuestionFileTask):
         "guide"
     )
     questions = "llava_mme.jsonl"
+    published_size = 2_374
     images = _RELEASE
     main_metric = "perception"
 

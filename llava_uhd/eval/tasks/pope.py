@@ -26,6 +26,7 @@ class POPE(QuestionFileTask):
         "val2014) and llava_pope_test.jsonl from eval.zip of the LLaVA-1.5 evaluation guide"
     )
     questions = "llava_pope_test.jsonl"
+    published_size = 8_910
     images = "val2014"
     main_metric = "f1"
 

@@ -30,6 +30,7 @@ class ScienceQA(Task):
         "evaluation guide"
     )
     main_metric = "img_accuracy"
+    published_size = 4_241
     max_new_tokens = 1024
     unanswered = "wrong"
     missing_text = scienceqa.FAILED

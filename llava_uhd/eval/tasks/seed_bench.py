@@ -35,6 +35,7 @@ class SeedBench(QuestionFileTask):
         "of the LLaVA-1.5 evaluation guide"
     )
     questions = "llava-seed-bench.jsonl"
+    published_size = 19_242
     image_questions = "llava-seed-bench-img.jsonl"
     annotations = "SEED-Bench.json"
     main_metric = "total_accuracy"
@@ -184,6 +185,8 @@ class SeedBenchImages(SeedBench):
     title = "SEED-Bench (images)"
     main_metric = "image_accuracy"
     kinds = ("image",)
+    published_size = 14_233
+    part_of = "seed_bench"
 
 
 def plain_id(question_id: Any) -> str | int:

@@ -55,6 +55,7 @@ class TextVQA(QuestionFileTask):
         "textvqa.org/dataset and the question file from eval.zip of the LLaVA-1.5 evaluation guide"
     )
     questions = "llava_textvqa_val_v051_ocr.jsonl"
+    published_size = 5_000
     annotations = "TextVQA_0.5.1_val.json"
     images = "train_images"
     main_metric = "accuracy"
@@ -155,6 +156,7 @@ class TextVQAWithoutOCR(TextVQA):
 
     name = "textvqa_no_ocr"
     title = "TextVQA val (no OCR tokens)"
+    part_of = "textvqa"
 
     def prompt(self, text: str, question: str) -> str:
         """The question and the usual request."""

@@ -28,6 +28,7 @@ class VizWiz(QuestionFileTask):
         "evaluation guide"
     )
     questions = "llava_test.jsonl"
+    published_size = 8_000
     images = "test"
     main_metric = "accuracy"
     local = False
@@ -90,6 +91,7 @@ class VizWizVal(Task):
     title = "VizWiz val"
     folder = "vizwiz"
     source = "get val.zip and the annotations from vizwiz.org"
+    published_size = 4_319
     main_metric = "accuracy"
 
     def files(self, root: Path) -> list[Path]:

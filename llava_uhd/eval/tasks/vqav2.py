@@ -27,6 +27,7 @@ class VQAv2(QuestionFileTask):
     folder = "vqav2"
     source = _SOURCE
     questions = "llava_vqav2_mscoco_test-dev2015.jsonl"
+    published_size = 107_394
     all_questions = "llava_vqav2_mscoco_test2015.jsonl"
     images = "test2015"
     main_metric = "accuracy"
@@ -96,6 +97,7 @@ class VQAv2Val(Task):
         "get questions, annotations and COCO val2014 images from visualqa.org/download.html and "
         "unpack them there"
     )
+    published_size = 214_354
     main_metric = "accuracy"
 
     def files(self, root: Path) -> list[Path]:
