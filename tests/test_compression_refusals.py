@@ -13,8 +13,10 @@ import torch
 from fixtures_tiny import LLAMA, picture, tiny_parts
 from test_mixed_visuals import Parts
 
+from llava_uhd.config.compression import parse_schedule
 from llava_uhd.config.model import CompressionConfig
 from llava_uhd.errors import UserError
+from llava_uhd.train.compression import RunLength, check_length, spans
 
 SOME = CompressionConfig("avgpool1d", 1, 4)
 GREEDY: dict[str, Any] = {"max_new_tokens": 24, "do_sample": False}
@@ -173,3 +175,14 @@ def test_several_answers_to_a_prompt(parts: Parts) -> None:
     beams = model.generate(**inputs, **options, num_beams=3)
     best = model.generate(**inputs, **{**options, "num_return_sequences": 1}, num_beams=3)
     assert torch.equal(beams[::2], best)
+
+
+def test_a_run_may_end_together_with_its_counts() -> None:
+    """Six micro-batches: three of the first stage, three of the second; a seventh has none."""
+    config = CompressionConfig(schedule="1/8@2 1/4@5")
+    check_length(config, RunLength(6, 6, 1))
+    check_length(config, RunLength(3, 6, 2))
+    parts_of = spans(parse_schedule("1/8@2 1/4@5"), RunLength(6, 6, 1))
+    assert [(span.first, span.stop) for span in parts_of] == [(0, 3), (3, 6)]
+    with pytest.raises(UserError, match="no stage after micro-batch 6, but the run has 7"):
+        check_length(config, RunLength(7, 7, 1))

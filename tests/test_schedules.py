@@ -192,10 +192,8 @@ def test_the_published_counter(golden: Path) -> None:
             continue
         end = entry["error"]["after_forward"]
         assert schedule.dies_after() == end
-        # Its error comes inside this pass; here the pass has a stage, and the run ends with it.
-        assert spans(schedule, RunLength(end, end, 1))[-1].stop == end
-        for forwards in (end - 1, end):
-            check_length(config, RunLength(forwards, forwards, 1))
+        for whole in (end - 1, end):  # its error comes inside this pass, which has a stage here
+            check_length(config, RunLength(whole, whole, 1))
         for steps, accumulated in ((end + 1, 1), (end // 4 + 1, 4)):
             with pytest.raises(UserError, match=rf"no stage after micro-batch {end}.*add a stage"):
                 check_length(config, RunLength(steps, steps * accumulated, accumulated))
@@ -307,9 +305,6 @@ def test_published_traces(golden: Path, name: str) -> None:
         ({"stride": 0}, r"compression\.stride must be at least 1, got 0"),
         ({"remainder": "round"}, r"compression\.remainder must be keep or drop, got 'round'"),
         ({"positions": "float"}, r"compression\.positions must be integer or half, got 'float'"),
-        ({"stride": 2.5}, r"compression\.stride.*2\.5"),
-        ({"layer": "first"}, r"compression\.layer.*first"),
-        ({"schedule": 3}, r"compression\.schedule"),
         ({"schedule": "heavy", "layer": 2}, r"leave compression\.layer 2 and .*stride 1 out"),
     ],
 )
