@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 
 from llava_uhd.config.model import CompressionConfig, LlavaUHDConfig
-from llava_uhd.data.costs import TrainingCost
-from llava_uhd.images.cost import language_shape, tower_flops
-from llava_uhd.images.cost_projectors import PROJECTOR_COSTS, Convention
+from llava_uhd.config.training import UPSAMPLER_PARTS
+from llava_uhd.images.cost import language_shape, tower_flops, tower_shape
+from llava_uhd.images.cost_projectors import PROJECTOR_COSTS, Convention, HiwinCost
+from llava_uhd.images.geometry import Size
+from llava_uhd.images.tokens import view_token_counts
 from llava_uhd.language.compressed import is_active
 from llava_uhd.language.compressors import COMPRESSORS
 from llava_uhd.language.runs import Run
 from llava_uhd.train.counting import Facts
 
 CONVENTION = (
-    "Model FLOPs: matrix products only, a multiply-add is 2. A part that learns counts three "
-    "forward passes, one that is frozen but passes gradients on two (so does one that learns "
-    "through adapters), one at rest one. Attention of the language model is causal (half of the "
-    "square) and stays inside each sample; logits count at learned positions. Padding and what "
-    "gradient checkpointing computes again do not count."
+    "Model FLOPs: matrix products only, a multiply-add is 2. A product with weights counts once "
+    "forward, once more where its weights learn, and once more where what comes before it learns; "
+    "the products inside attention have no weights and count three times wherever gradients pass. "
+    "So a frozen tower counts one pass, a frozen language model behind a projector that learns two "
+    "(so does one that learns through adapters, which count nothing themselves), a part that "
+    "learns three, without the gradients of its inputs where nothing before it learns. Attention "
+    "of the language model is causal (half of the square) and stays inside each sample; logits "
+    "count at learned positions. Padding and what gradient checkpointing computes again do not "
+    "count."
 )
 
 # Dense bf16 with float32 accumulation, in operations per second, by what the driver calls the
@@ -40,6 +46,9 @@ PEAKS = {
     "L40S": 362e12,
     "RTX 4090": 165e12,
 }
+
+
+STACK = frozenset(UPSAMPLER_PARTS)
 
 
 @dataclass(frozen=True)
@@ -86,7 +95,9 @@ class TrainingFlops:
     ) -> None:
         self.config = config
         self.shape = language_shape(config.text_config)
-        self.passes = TrainingCost.of(config.text_config, learn, adapters)
+        self.learn = frozenset(learn)
+        # Products of the language model with its weights.
+        self.language_passes = 3 if "language_model" in self.learn and not adapters else 2
 
     def __call__(self, facts: Facts, compression: CompressionConfig | None = None) -> PartFlops:
         """Operations of a micro-batch.
@@ -100,14 +111,33 @@ class TrainingFlops:
         """
         tower = projector = 0.0
         if facts.grids:
-            tower = float(tower_flops(self.config, facts.grids))
-            cost = PROJECTOR_COSTS.get(self.config.projector.type)
-            projector = float(cost.flops(self.config, facts.grids, Convention()))
-        language = self.forward(facts, compression)
-        passes = self.passes
-        return PartFlops(
-            passes.tower * tower, passes.projector * projector, passes.language * language
-        )
+            tower, projector = self._tower(facts.grids), self._projector(facts.grids)
+        linear, square = self._language(facts, compression)
+        return PartFlops(tower, projector, self.language_passes * linear + 3 * square)
+
+    def _tower(self, grids: Sequence[Size]) -> float:
+        forward = float(tower_flops(self.config, grids))
+        if "vision_tower" not in self.learn:
+            return forward
+        return 3 * forward - patch_flops(self.config, grids)
+
+    def _projector(self, grids: Sequence[Size]) -> float:
+        """The projector, and its upsampler by itself."""
+        cost = PROJECTOR_COSTS.get(self.config.projector.type)
+        forward = float(cost.flops(self.config, grids, Convention()))
+        tower, before = "vision_tower" in self.learn, bool(STACK & self.learn)
+        stack = total = 0.0
+        if isinstance(cost, HiwinCost):
+            stack = float(cost.upsampler_flops(self.config, grids))
+            total = (1 + tower) * stack
+            if "upsampler" in self.learn:
+                total = 3 * stack
+            elif before:
+                total += fixup_flops(self.config, grids)
+        if "projector" not in self.learn:
+            return total + (2 if before or tower else 1) * (forward - stack)
+        total += 3 * (forward - stack)
+        return total if before or tower else total - feature_flops(self.config, grids)
 
     def forward(self, facts: Facts, compression: CompressionConfig | None = None) -> float:
         """Operations of a forward pass of the language model.
@@ -115,21 +145,60 @@ class TrainingFlops:
         Example: a body of 1000 weights in 2 layers, 1 head of width 8, a head of 5 x 8 weights;
         one sample of 10 tokens, 3 of them learned: 2 * 1000 * 10 + 2 * 2 * 8 * 10**2 + 2 * 40 * 3.
         """
+        return sum(self._language(facts, compression))
+
+    def _language(self, facts: Facts, compression: CompressionConfig | None) -> tuple[float, float]:
+        """Products with weights, and those inside attention, of a forward pass."""
         shape = self.shape
         whole = shape.layers
         if compression is not None and is_active(compression, shape.layers):
             whole = max(compression.layer, 0)
-        total = whole * self._layer(facts.lengths)
+        linear, square = (whole * each for each in self._layer(facts.lengths))
         if whole < shape.layers and compression is not None:
-            shorter = shortened(facts, compression)
-            total += (shape.layers - whole) * self._layer(shorter)
-        return total + 2.0 * shape.vocabulary * shape.width * facts.learned
+            rest = self._layer(shortened(facts, compression))
+            linear += (shape.layers - whole) * rest[0]
+            square += (shape.layers - whole) * rest[1]
+        return linear + 2.0 * shape.vocabulary * shape.width * facts.learned, square
 
-    def _layer(self, lengths: Collection[int]) -> float:
+    def _layer(self, lengths: Collection[int]) -> tuple[float, float]:
         shape = self.shape
         linear = 2.0 * shape.body_weights / shape.layers * sum(lengths)
         square = 2.0 * shape.heads * shape.head_width * sum(length**2 for length in lengths)
-        return linear + square
+        return linear, square
+
+
+def patch_flops(config: LlavaUHDConfig, grids: Sequence[Size]) -> float:
+    """Operations of the tower's patch embedding: nothing before it wants gradients.
+
+    Example: 16 patches of 8 x 8 pixels, width 32: 2 * 16 * 192 * 32.
+    """
+    shape = tower_shape(config.vision_config)
+    return 2.0 * sum(r * c for r, c in grids) * 3 * shape.patch_size**2 * shape.width
+
+
+def fixup_flops(config: LlavaUHDConfig, grids: Sequence[Size]) -> float:
+    """Operations of the 1x1 convolution behind the upsampler's last stage.
+
+    Example: 16 patches doubled in both directions, 32 channels: 2 * 16 * 2**2 * 32**2.
+    """
+    largest, channels = max(config.projector.scales), config.vision_config.hidden_size
+    return 2.0 * sum(r * c for r, c in grids) * largest**2 * channels**2
+
+
+def feature_flops(config: LlavaUHDConfig, grids: Sequence[Size]) -> float:
+    """Operations of a projector whose one operand is what the tower made, with weights before none.
+
+    The multi-scale projector mixes weights and features in other orders: none of it is told apart.
+
+    Example: a first linear layer from 32 to 64 channels on 16 patches: 2 * 16 * 32 * 64.
+    """
+    kind, width = config.projector.type, config.hidden_size
+    channels = config.vision_config.hidden_size
+    if kind == "spatial_resampler" and channels != width:
+        return 2.0 * sum(r * c for r, c in grids) * channels * width
+    if kind == "linear" or kind.endswith("x_gelu"):
+        return 2.0 * sum(view_token_counts(config.projector, grids)) * channels * width
+    return 0.0
 
 
 def shortened(facts: Facts, compression: CompressionConfig) -> list[int]:
