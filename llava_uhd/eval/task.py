@@ -138,6 +138,7 @@ class Task(ABC):
 
     def provide(self, root: Path) -> None:
         """Makes data that need no download; called where the task is named, before it is read."""
+        return
 
     def with_settings(self, settings: Mapping[str, Any]) -> Task:
         """The task that scores answers made with these settings of a run; mostly itself."""

@@ -13,6 +13,7 @@ from llava_uhd.eval.tasks.mme import MME
 from llava_uhd.eval.tasks.mmmu import MMMU
 from llava_uhd.eval.tasks.ocrbench import OCRBench
 from llava_uhd.eval.tasks.pope import POPE
+from llava_uhd.eval.tasks.position import Position
 from llava_uhd.eval.tasks.qbench import QBench, QBenchChinese, QBenchChineseTest, QBenchTest
 from llava_uhd.eval.tasks.realworldqa import RealWorldQA
 from llava_uhd.eval.tasks.rec import REC
@@ -48,6 +49,7 @@ ALIASES = {
 
 _KINDS: tuple[type[Task], ...] = (
     Synthetic,
+    Position,
     VQAv2,
     VQAv2Val,
     VizWiz,
