@@ -302,7 +302,8 @@ def broken_off(workplace: Path, source: str, target: str) -> Path:
 @pytest.mark.slow
 def test_first_stage_with_held_out_samples(workplace: Path) -> None:
     """What is evaluated is written right after; generation gathers, too."""
-    words = (*SHORT, "--data.holdout", "4", "--trainer.eval_steps", "2")
+    words = (*SHORT, "--data.holdout", "4", "--data.holdout_samples", "1")
+    words = (*words, "--trainer.eval_steps", "2")
     recipe = "uhd_v2/pretrain_vicuna7b"
     alone = run_here(workplace, recipe, "first_alone", *words, "--deepspeed", "null")
     run_on_two(workplace, recipe, *words, "--fsdp", "shard_grad_op",
@@ -346,6 +347,8 @@ def test_ragged_batches_and_going_on(workplace: Path) -> None:
     shares = sorted(path.name for path in (checkpoint / FOLDER).iterdir())
     assert shares == [".metadata", "__0_0.distcp", "__1_0.distcp"] and problem(checkpoint) is None
     assert not list(checkpoint.glob("*.safetensors"))
+    start = json.loads((two / "run.json").read_text())["starts"][0]
+    assert (start["deepspeed"], start["fsdp"]) == (None, "full_shard")
     facts = json.loads((checkpoint / SEAL_FILE).read_text())
     assert (facts["engine"], facts["ranks"], facts["global_batch"]) == ("fsdp", 2, 4)
 

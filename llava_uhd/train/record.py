@@ -175,6 +175,7 @@ class RunRecord(TrainerCallback):
             "per_device_batch": args.per_device_train_batch_size,
             "accumulated": args.gradient_accumulation_steps,
             "deepspeed": Path(deepspeed).stem if isinstance(deepspeed, str) else None,
+            "fsdp": getattr(self.recipe, "fsdp", None) if args.fsdp else None,
             "peak": {"flops_per_device": peak.flops, "source": peak.source},
             "ranks": ranks,
         }
