@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from fixtures_eval import lines, make_mmbench, make_textvqa, scored, whole
+from fixtures_eval import answers_file, lines, make_mmbench, make_textvqa, scored, whole
 from fixtures_tiny import picture
 from rich.console import Console
 
@@ -151,6 +151,35 @@ def test_check_submission(data: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     with pytest.raises(UserError, match="textvqa has no file to upload"):
         words[2] = "textvqa"
         main([*words, str(tmp_path / "u.json")])
+
+
+def test_uploads_of_answers_files(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers = answers_file(tmp_path / "a.jsonl", {0: "The Cat.", 1: "no"})
+    words = ["submission", "--task", "vizwiz", "--data-root", str(data), "--output"]
+    out = tmp_path / "new"
+    assert main([*words, str(out), "--answers", str(answers)]) == 0
+    assert json.loads((out / "vizwiz.json").read_text()) == [
+        {"image": "0.png", "answer": "cat"},
+        {"image": "1.png", "answer": "no"},
+    ]
+    assert "vizwiz.json" in capsys.readouterr().out
+    with pytest.raises(UserError, match="1 questions have no answer"):
+        half = answers_file(tmp_path / "h.jsonl", {0: "x"})
+        main([*words, str(out), "--answers", str(half)])
+    with pytest.raises(UserError, match="llava_bench has no file to upload"):
+        words[2] = "llava_bench"
+        main([*words, str(out), "--answers", str(answers)])
+
+
+def test_the_published_mode_has_a_switch(data: Path, tmp_path: Path) -> None:
+    answers = answers_file(tmp_path / "a.jsonl", {3: "B", 1_000_003: "A"})
+    words = ["--task", "mmbench", "--data-root", str(data), "--answers", str(answers)]
+    for more, mode in (([], "default"), (["--compatible"], "published")):
+        assert main(["score", *words, "--output", str(tmp_path / "o.json"), *more]) == 0
+        found = json.loads((tmp_path / "o.json").read_text())
+        assert found["mode"] == mode and found["scores"]["accuracy"] == 100
 
 
 def test_every_task_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,14 +29,12 @@ def test_scores_are_the_published_ones(golden: Path, compatible: bool) -> None:
 
 def test_result_files_are_the_published_ones(golden: Path) -> None:
     folder = golden / "evaluation/scienceqa"
-    task, answers = TASKS.get("scienceqa"), folder / "answers/toy-model.jsonl"
-    items = list(task.gold_items(folder))
-    files = dict(task.submission(folder, items, task.read_published(folder, answers)))
+    files = submitted("scienceqa", folder.parent, folder / "answers/toy-model.jsonl")
     for kind in ("output.jsonl", "result.json"):
-        assert files[f"scienceqa_{kind}"] == (folder / f"answers/toy-model_{kind}").read_bytes()
-    # The questions of the question file come in another order than the split, perhaps.
-    again = submitted("scienceqa", folder.parent, answers)
-    assert set(again) == set(files)
+        wanted = folder / f"answers/toy-model_{kind}"
+        assert files.pop(f"scienceqa_{kind}") == wanted.read_bytes()
+        TASKS.get("scienceqa").check_submission(folder, wanted)
+    assert not files
 
 
 @pytest.mark.parametrize(
@@ -105,6 +103,10 @@ def test_small_files(tmp_path: Path) -> None:
             "lenient_accuracy": 200 / 3,
         }
     )
+    [(name, content), _] = submitted("scienceqa", tmp_path, tmp_path / "a.jsonl").items()
+    (tmp_path / name).write_bytes(content.replace(b'"3"', b'"4"'))
+    with pytest.raises(UserError, match="1 questions of the test split are missing and 1 are"):
+        task.check_submission(folder, tmp_path / name)
     # Without an answer it is wrong, but not among the questions with image.
     found = scored("scienceqa", tmp_path, answers_file(tmp_path / "a.jsonl", {"2": "B"}))
     assert "img_accuracy" not in found["scores"] and found["missing"] == ["1", "3"]

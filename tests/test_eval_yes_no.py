@@ -187,6 +187,8 @@ def test_mme_on_small_files(tmp_path: Path) -> None:
     odd = [{**rows[0], "prompt": "Else?"}, *rows[1:]]
     with pytest.raises(UserError, match="belong to no question of mme"):
         scored("mme", tmp_path, lines(tmp_path / "o.jsonl", odd))
+    with pytest.raises(UserError, match=r"'posters/images/a\.jpg Else\?' belongs to no question"):
+        submitted("mme", tmp_path, tmp_path / "o.jsonl")
 
 
 def test_mme_questions(tmp_path: Path) -> None:

@@ -8,6 +8,8 @@
                                                              scores a published answers file
     python -m llava_uhd.eval list                            tasks, and where their data come from
     python -m llava_uhd.eval check-data                      every expected file: here or missing
+    python -m llava_uhd.eval submission --task TASK --answers FILE --output DIR
+                                                             files to upload
     python -m llava_uhd.eval check-submission --task TASK FILE    would a server take this file?
 """
 
@@ -44,6 +46,7 @@ from llava_uhd.eval.commands import (
     check_data_command,
     check_submission_command,
     score_published,
+    submission_command,
 )
 from llava_uhd.eval.generate import Answerer, Limits
 from llava_uhd.eval.protocols import OWN, PROTOCOLS, processor_for
@@ -119,6 +122,7 @@ def main(words: list[str] | None = None) -> int:
         "list": list_tasks,
         "score": score_command,
         "check-data": check_data_command,
+        "submission": submission_command,
         "check-submission": check_submission_command,
     }
     return known.get(options.command, run_command)(options)

@@ -19,11 +19,16 @@ from llava_uhd.eval.tasks import TASKS, find_task
 
 
 def add_data_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds ``check-data`` and ``check-submission``."""
+    """Adds ``check-data``, ``submission`` and ``check-submission``."""
     data = commands.add_parser("check-data", help="every expected file: present or missing")
     data.add_argument("--tasks", help="comma-separated; default: all")
     data.add_argument("--data-root", type=Path, help=f"default: {DATA_ROOT}")
     data.add_argument("--output", type=Path, help="JSON file to write, with sizes and digests")
+    made = commands.add_parser("submission", help="files to upload from an answers file")
+    made.add_argument("--task", required=True)
+    made.add_argument("--answers", type=Path, required=True, help="in the published layout")
+    made.add_argument("--output", type=Path, required=True, help="folder to write into")
+    made.add_argument("--data-root", type=Path, help=f"default: {DATA_ROOT}")
     upload = commands.add_parser("check-submission", help="would a server take this file?")
     upload.add_argument("file", type=Path)
     upload.add_argument("--task", required=True)
@@ -72,6 +77,30 @@ def _lines(report: DataReport) -> list[str]:
     if not report.complete:
         lines.append(f"    {report.source}")
     return lines
+
+
+def submission_command(options: argparse.Namespace) -> int:
+    """``submission``: what the published converters write, made from an answers file.
+
+    Raises:
+        UserError: missing data, damaged answers, or a file that the server would refuse.
+    """
+    task = find_task(options.task)
+    root = task.root(options.data_root)
+    message = task.missing(root, gold=True)
+    if message:
+        raise UserError(message)
+    answers = task.read_published(root, options.answers)
+    files = task.submission(root, list(task.items(root)), answers)
+    if not files:
+        raise UserError(f"{task.name} has no file to upload")
+    make_folder(options.output, "output folder")
+    for name, content in files:
+        file = options.output / name
+        file.write_bytes(content)
+        task.check_submission(root, file)
+        Console().print(f"{file}", markup=False, highlight=False, soft_wrap=True)
+    return 0
 
 
 def check_submission_command(options: argparse.Namespace) -> int:

@@ -29,6 +29,10 @@ from llava_uhd.eval.tasks.vqav2 import VQAv2, VQAv2Val
 ALIASES = {
     "sqa": "scienceqa",
     "scienceqa_img": "scienceqa",
+    "textvqa_val": "textvqa",
+    "vqav2_test": "vqav2",
+    "vqav2_testdev": "vqav2",
+    "vizwiz_test": "vizwiz",
     "seed": "seed_bench",
     "seedbench": "seed_bench",
     "seedbench_img": "seed_bench_img",

@@ -107,6 +107,8 @@ class MME(QuestionFileTask):
         known = {item.id: item for item in items}
         lines: dict[str, list[str]] = {}
         for key, text in answers.items():
+            if key not in known:
+                raise UserError(f"mme: the answer to {key!r} belongs to no question")
             item = known[key]
             cells = [f"{item.extra['file']}.txt", item.extra["official"], item.reference]
             line = "\t".join([*cells, _one_line(text)])

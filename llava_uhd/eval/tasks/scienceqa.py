@@ -103,10 +103,11 @@ class ScienceQA(Task):
     def submission(
         self, root: Path, items: Sequence[Item], answers: Answers
     ) -> list[tuple[str, bytes]]:
-        """The two result files of the published scorer; the first is one JSON object."""
+        """The two result files of the published scorer, over the test split in its order."""
         found: dict[str, list[dict[str, Any]]] = {"correct": [], "incorrect": []}
         indices, outputs = {}, {}
-        for item in items:
+        gold = list(self.gold_items(root))
+        for item in gold:
             answered = item.id in answers
             text = answers.get(item.id, scienceqa.FAILED)
             letter = scienceqa.read_answer(text)
@@ -124,14 +125,29 @@ class ScienceQA(Task):
             found["correct" if index == item.reference else "incorrect"].append(row)
         right = len(found["correct"])
         result = {
-            "acc": right / len(items) * 100,
+            "acc": right / len(gold) * 100,
             "correct": right,
-            "count": len(items),
+            "count": len(gold),
             "results": indices,
             "outputs": outputs,
         }
+        # The first is one JSON object, whatever its name says.
         files = {"scienceqa_output.jsonl": found, "scienceqa_result.json": result}
         return [(name, json.dumps(value, indent=2).encode()) for name, value in files.items()]
+
+    def check_submission(self, root: Path, file: Path) -> None:
+        """Either result file: every question of the test split."""
+        content, wanted = read_object(file), {item.id for item in self.gold_items(root)}
+        if "results" in content:
+            found = set(content["results"]) & set(content.get("outputs", {}))
+        else:
+            rows = [*content.get("correct", ()), *content.get("incorrect", ())]
+            found = {row.get("question_id") for row in rows}
+        if found != wanted:
+            raise UserError(
+                f"{file}: {len(wanted - found)} questions of the test split are missing and "
+                f"{len(found - wanted)} are foreign"
+            )
 
 
 def _item(
