@@ -207,12 +207,7 @@ class LlavaUHDForConditionalGeneration(VisualTokens, PreTrainedModel, Generation
         kwargs |= {"attention_mask": attention_mask, "position_ids": position_ids}
         kwargs |= {} if past_key_values is None else {"cache": past_key_values}
         outputs, labels = self._decode(inputs_embeds, labels, visual_runs, compression, kwargs)
-        states = outputs.last_hidden_state
-        items = num_items_in_batch
-        loss, logits = self._loss_and_logits(states, labels, logits_to_keep, items, loss_plan)
-        return CausalLMOutputWithPast(
-            loss, logits, cache_of(outputs), outputs.hidden_states, outputs.attentions
-        )
+        return self._scored(outputs, labels, logits_to_keep, num_items_in_batch, loss_plan)
 
     def _compresses(self, compression: CompressionConfig | None) -> bool:
         """Whether a pass shortens visual tokens; decided anew in every one."""
@@ -262,15 +257,16 @@ class LlavaUHDForConditionalGeneration(VisualTokens, PreTrainedModel, Generation
             labels = table.labels(labels.to(hidden.device))
         return output_with(hidden, cache), labels
 
-    def _loss_and_logits(
+    def _scored(
         self,
-        hidden: torch.Tensor,
+        outputs: BaseModelOutputWithPast,
         labels: torch.Tensor | None,
         logits_to_keep: int | torch.Tensor | None,
         num_items: torch.Tensor | int | None,
         plan: LossPlan | None,
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """What `forward` computes of hidden states (B, T, D)."""
+    ) -> CausalLMOutputWithPast:
+        """What `forward` returns of the output of the decoder."""
+        hidden = outputs.last_hidden_state  # (B, T, D)
         head, rule = self.get_output_embeddings(), logit_rule(self.config.text_config)
         loss = logits = None
         if labels is not None:
@@ -279,7 +275,9 @@ class LlavaUHDForConditionalGeneration(VisualTokens, PreTrainedModel, Generation
         if labels is None or logits_to_keep is not None:
             keep = 0 if logits_to_keep is None else logits_to_keep
             logits = logits_at(head, hidden, keep, rule)
-        return loss, logits
+        return CausalLMOutputWithPast(
+            loss, logits, cache_of(outputs), outputs.hidden_states, outputs.attentions
+        )
 
     @torch.no_grad()
     def generate(  # type: ignore[override]
