@@ -114,10 +114,29 @@ def test_items_are_joined_by_id_and_whole_prompt(tmp_path: Path) -> None:
 
 
 def test_sets_are_reported_apart(tmp_path: Path) -> None:
-    root = tmp_path / "eval"
     task = TASKS.get("chartqa")
-    items = list(task.items(small(root)))
+    items = list(task.items(small(tmp_path)))
     assert [item.groups["set"] for item in items] == ["human", "human", "augmented"]
+    rows = [
+        {"question_id": item.question_id, "prompt": item.question, "text": text}
+        for item, text in zip(items, ("99", "51", "green"), strict=True)
+    ]
+    tables = scored("chartqa", tmp_path, lines(tmp_path / "a.jsonl", rows))["breakdown"]["set"]
+    assert {name: row["relaxed_accuracy"] for name, row in tables.items()} == {
+        "human": 100, "augmented": 0,
+    }  # fmt: skip
+
+
+def test_a_question_that_is_asked_twice_is_answered_twice(tmp_path: Path) -> None:
+    row = {"question_id": 1, "image": "a.png", "text": "Which?", "category": "default"}
+    folder = small(tmp_path, questions=[row, row])
+    items = list(TASKS.get("chartqa").items(folder))
+    assert [item.id for item in items] == ["1 which?", "1 which? #2"] and not items[0].groups
+    answers = [{"question_id": 1, "prompt": "Which?", "text": text} for text in ("50", "4", "50")]
+    result = scored("chartqa", tmp_path, lines(tmp_path / "a.jsonl", answers[:2]))
+    assert result["scores"]["relaxed_accuracy"] == 50
+    with pytest.raises(UserError, match=r"belong to no question of chartqa \('1 which\? #3'\)"):
+        scored("chartqa", tmp_path, lines(tmp_path / "a.jsonl", answers))
 
 
 def test_mistakes_are_named(tmp_path: Path) -> None:

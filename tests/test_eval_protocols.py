@@ -42,6 +42,8 @@ def test_every_named_task_exists(name: str) -> None:
         ("uhd_v2", "gqa", 1024, 9, 3, 128),
         ("uhd_v2", "mme", 1024, 9, 5, 128),  # the test for "mme" never holds
         ("uhd_v2", "textvqa", 1536, 9, 3, 128),
+        ("uhd_v2", "textvqa_no_ocr", 1536, 9, 3, 128),  # the same folder, and so the same size
+        ("uhd_v2", "vizwiz_val", 1024, 9, 3, 128),
         ("uhd_v2", "ai2d", None, 9, 1, 128),
         ("uhd_v2", "docvqa", 1024, 9, 1, 128),
         ("uhd_v2", "chartqa", 1024, 9, 1, 128),

@@ -59,11 +59,11 @@ class Protocol:
 
     def measure(self, task: str) -> Measure:
         """How a task is answered."""
-        return self.tasks.get(task, self.usual)
+        return self.tasks.get(_ALIKE.get(task, task), self.usual)
 
     def covers(self, task: str) -> bool:
         """Whether the system was measured on a task; "ours" covers all."""
-        return self.name == OWN or task in self.tasks
+        return self.name == OWN or _ALIKE.get(task, task) in self.tasks
 
     def apply(self, task: Task) -> Task:
         """A copy of the task with this protocol's decoding and prompts."""
@@ -117,6 +117,8 @@ LONG_TOKENS = 1024  # of the drivers for MMBench, ScienceQA and open questions, 
 
 # Benchmarks by driver of the LLaVA-1.5 scripts.
 _LOADER = ("vqav2", "gqa", "vizwiz", "textvqa", "pope", "mme", "seed_bench")
+# Other splits and forms of the same benchmark, from the same folder and by the same script.
+_ALIKE = {"vqav2_val": "vqav2", "vizwiz_val": "vizwiz", "textvqa_no_ocr": "textvqa"}
 _LONG = (
     *("scienceqa", "mmbench", "mmbench_cn", "llava_bench", "mmvet"),
     *("qbench", "qbench_test", "qbench_zh", "qbench_zh_test"),

@@ -47,6 +47,8 @@ ALIASES = {
     "docvqa_val": "docvqa",
     "infovqa": "infographicvqa",
     "infovqa_val": "infographicvqa",
+    "infographicsvqa": "infographicvqa",
+    "hrbench": "hrbench4k",
     "mmmu_val": "mmmu",
     "mmmu_dev_val": "mmmu",
 }

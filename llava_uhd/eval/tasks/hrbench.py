@@ -19,6 +19,7 @@ class HRBench4K(ChoiceTask):
     table = "HRBench4K"
     columns = ("index", "question", "answer", "category", "cycle_category")
     grouped_by = ("category", "cycle_category")
+    published_size = 800
 
     def aggregate(self, scored: Sequence[Scored]) -> dict[str, float]:
         """In percent: over all, and for the categories there are (``single``, ``cross``)."""

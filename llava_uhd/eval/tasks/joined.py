@@ -79,9 +79,14 @@ class JoinedTask(QuestionFileTask):
             yield self.joined(numbered(key, seen), row["text"], (image,), row, gold[key])
 
     def gold_items(self, root: Path) -> Iterator[Item]:
-        """One item per annotation."""
-        for key, row in self._gold(root).items():
-            yield self.joined(key, row["question"], (), row, row)
+        """One item per annotation, or as many as the question file, if it is there, has of it."""
+        asked: dict[str, list[dict[str, Any]]] = {}
+        file, seen = root / self.questions, Counter[str]()
+        for row in iterate_rows(file, "question_id", "text") if file.is_file() else ():
+            asked.setdefault(join_key(row["question_id"], row["text"]), []).append(row)
+        for key, note in self._gold(root).items():
+            for row in asked.get(key, [note]):
+                yield self.joined(numbered(key, seen), note["question"], (), row, note)
 
     def joined(
         self,
@@ -91,7 +96,7 @@ class JoinedTask(QuestionFileTask):
         row: dict[str, Any],
         gold: dict[str, Any],
     ) -> Item:
-        """An item from its question (or again its annotation) and its annotation."""
+        """An item from its row of questions (or again its annotation) and its annotation."""
         return Item(key, question, images, accepted(gold), published_id=row["question_id"])
 
     def _gold(self, root: Path) -> dict[str, dict[str, Any]]:
@@ -101,8 +106,10 @@ class JoinedTask(QuestionFileTask):
     def read_published(self, root: Path, file: Path) -> dict[str | int, str]:
         """Answers, joined by id and prompt."""
         answers: dict[str | int, str] = {}
+        seen = Counter[str]()
         for row in iterate_rows(file, "question_id", "prompt", "text"):
-            add_answer(answers, join_key(row["question_id"], row["prompt"]), row["text"], file)
+            key = numbered(join_key(row["question_id"], row["prompt"]), seen)
+            add_answer(answers, key, row["text"], file)
         return answers
 
     def parse(self, item: Item, answer: str) -> str:

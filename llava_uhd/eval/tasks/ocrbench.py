@@ -35,6 +35,7 @@ class OCRBench(KitTask):
     columns = ("index", "question", "answer", "category")
     grouped_by = ("category",)
     main_metric = "final_score"
+    published_size = 1_000
     scale = 0.1
 
     def reference(self, row: Row) -> list[str]:

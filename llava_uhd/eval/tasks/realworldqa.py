@@ -16,3 +16,4 @@ class RealWorldQA(ChoiceTask):
         "RealWorldQA.tsv)"
     )
     table = "RealWorldQA"
+    published_size = 765

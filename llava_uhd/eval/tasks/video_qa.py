@@ -116,6 +116,7 @@ class MSVDQA(VideoQA):
 
     name = "msvd_qa"
     title = "MSVD-QA"
+    published_size = 13_157
     folder = "GPT_Zero_Shot_QA/MSVD_Zero_Shot_QA"
     source = f"get the clips of MSVD (cs.utexas.edu/users/ml/clamp/videoDescription) and {_HELP}"
 
@@ -125,6 +126,7 @@ class MSRVTTQA(VideoQA):
 
     name = "msrvtt_qa"
     title = "MSRVTT-QA"
+    published_size = 72_821
     folder = "GPT_Zero_Shot_QA/MSRVTT_Zero_Shot_QA"
     places = ("videos/all", "videos")
     source = f"get the test videos of MSR-VTT, to videos/all, and {_HELP}"
@@ -135,6 +137,7 @@ class ActivityNetQA(VideoQA):
 
     name = "activitynet_qa"
     title = "ActivityNet-QA"
+    published_size = 8_000
     folder = "GPT_Zero_Shot_QA/Activitynet_Zero_Shot_QA"
     places = ("all_test",)
     source = f"get the test videos of ActivityNet-QA, to all_test, and {_HELP}"
