@@ -10,7 +10,7 @@ from fixtures_tables import encoded, small_choices, table
 from fixtures_tiny import tiny_parts
 
 from llava_uhd.errors import UserError
-from llava_uhd.eval.generate import Answerer, Limits
+from llava_uhd.eval.generate import Answerer, Limits, image_size
 from llava_uhd.eval.provenance import data_digest
 from llava_uhd.eval.task import Task
 from llava_uhd.eval.tasks import TASKS
@@ -145,7 +145,13 @@ def test_images_in_tables_are_answered(tmp_path: Path) -> None:
     task = TASKS.get("realworldqa")
     assert isinstance(task, ChoiceTask)
     items = task.load(task.root(tmp_path))
-    outcomes = list(Answerer(*tiny_parts(), task, Limits(4, 1, 4)).run(items))
+    answerer = Answerer(*tiny_parts(), task, Limits(4, 1, 4))
+    # Their sizes are known, so that like lengths are answered together.
+    tokens = answerer.processor.num_image_tokens(12, 10)
+    text = sum(len(turn.text) for turn in task.turns(items[0])) // 4
+    assert image_size(items[0].images[0]) == (12, 10)
+    assert answerer.length(items[0]) == text + tokens
+    outcomes = list(answerer.run(items))
     assert not [each for outcome in outcomes for each in outcome.failures]
     assert [each.id for outcome in outcomes for each in outcome.answers] == [0, 1, 2, 3]
     assert len(data_digest(task, items)) == 16

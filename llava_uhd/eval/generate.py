@@ -16,6 +16,7 @@ from llava_uhd.errors import UserError
 from llava_uhd.eval.answers import Answer
 from llava_uhd.eval.task import Item, Task
 from llava_uhd.images.pixels import ImageSource
+from llava_uhd.images.stored import StoredFile
 from llava_uhd.images.video import VideoSource, frame_size, num_frames
 from llava_uhd.model.modeling import LlavaUHDForConditionalGeneration
 from llava_uhd.text.processor import LlavaUHDProcessor
@@ -212,10 +213,10 @@ def image_size(source: ImageSource) -> tuple[int, int] | None:
     """(width, height) from the header of a picture, or None if that cannot be read."""
     if isinstance(source, Image.Image):
         return source.size
-    if not isinstance(source, str | PathLike):
+    if not isinstance(source, str | PathLike | StoredFile):
         return None
     try:
-        with Image.open(source) as image:
+        with Image.open(source.open() if isinstance(source, StoredFile) else source) as image:
             return image.size
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None  # answering it will say why
