@@ -21,6 +21,7 @@ from fixtures_eval import (
 
 from llava_uhd.errors import UserError
 from llava_uhd.eval.tables import read_table
+from llava_uhd.eval.task import Scored
 from llava_uhd.eval.tasks import TASKS
 from llava_uhd.eval.tasks.mmbench import is_empty
 from llava_uhd.eval.tasks.qbench import is_right
@@ -221,6 +222,21 @@ def test_seed_bench_on_small_files(tmp_path: Path, caplog: pytest.LogCaptureFixt
     assert json.loads(upload.read_text().splitlines()[1]) == {"question_id": "7", "prediction": "B"}
     with pytest.raises(UserError, match="1 questions are missing and 0 are foreign"):
         task.check_submission(folder, upload)
+
+
+def test_seed_bench_without_videos(tmp_path: Path) -> None:
+    """The question file of LLaVolta has images only."""
+    folder = make_seed(tmp_path)
+    (folder / "SEED-Bench-image").mkdir()
+    task = TASKS.get("seed_bench")
+    rows = (folder / "llava-seed-bench.jsonl").read_text().splitlines(keepends=True)
+    (folder / "llava-seed-bench.jsonl").unlink()
+    (folder / "llava-seed-bench-img.jsonl").write_text("".join(rows[1:]))
+    assert task.missing(folder) is None
+    items = task.load(folder)
+    assert [item.id for item in items] == [7, 8]
+    done = [Scored(item, "B", "B", task.score(item, "B")) for item in items]
+    assert task.aggregate(done) == {"image_accuracy": 50}
 
 
 def make_qbench(root: Path) -> Path:

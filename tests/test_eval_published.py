@@ -118,7 +118,11 @@ def test_images_stay_in_their_folder(tmp_path: Path, name: str) -> None:
     assert image_path(tmp_path, "a/b.jpg", tmp_path) == tmp_path / "a/b.jpg"
 
 
-def test_names_of_tasks() -> None:
+def test_names_of_tasks(root: Path) -> None:
     assert find_task("SQA") is TASKS.get("scienceqa") and find_task("MME") is TASKS.get("mme")
+    scripts = [path.stem for path in (root / "scripts/v1_5/eval/4stage").glob("*.sh")]
+    assert len(scripts) == 12
+    for name in [*scripts, "docvqa_val", "mmbench_dev_cn_20231003", "LLaVA-Bench-in-the-Wild"]:
+        assert find_task(name).name in TASKS.names()
     with pytest.raises(UserError, match="unknown task 'gqaa'; did you mean 'gqa'"):
         find_task("gqaa")

@@ -43,21 +43,18 @@ class SeedBench(QuestionFileTask):
     unanswered = "wrong"
 
     def files(self, root: Path) -> list[Path]:
-        """Questions, annotations, pictures, frames."""
-        folders = {"image": _PICTURES, "video": _FRAMES}
-        return [
-            self._question_file(root),
-            root / self.annotations,
-            *(root / folders[kind] for kind in self.kinds),
-        ]
+        """Questions, annotations, pictures, frames; none where only pictures are asked about."""
+        file, folders = self._question_file(root), {"image": _PICTURES, "video": _FRAMES}
+        kinds = self.kinds if file.name == self.questions else ("image",)
+        return [file, root / self.annotations, *(root / folders[kind] for kind in kinds)]
 
     def gold_files(self, root: Path) -> list[Path]:
         """Annotations."""
         return [root / self.annotations]
 
     def _question_file(self, root: Path) -> Path:
-        both = root / self.questions
-        return both if "video" in self.kinds else first_of(both, root / self.image_questions)
+        # The second is that of LLaVolta, without videos.
+        return first_of(root / self.questions, root / self.image_questions)
 
     def items(self, root: Path) -> Iterator[Item]:
         """One item per line of the question file."""
@@ -135,8 +132,9 @@ class SeedBench(QuestionFileTask):
         return {"accuracy": float(parsed == item.reference)}
 
     def aggregate(self, scored: Sequence[Scored]) -> dict[str, float]:
-        """Accuracy in percent, of all, of images and of videos."""
-        scores = {"total_accuracy": _percent(scored)} if len(self.kinds) > 1 and scored else {}
+        """Accuracy in percent, of images, of videos and, where there are both, of all."""
+        asked = {each.item.extra["kind"] for each in scored}
+        scores = {"total_accuracy": _percent(scored)} if len(asked) > 1 else {}
         for kind in self.kinds:
             rows = [each for each in scored if each.item.extra["kind"] == kind]
             if rows:
