@@ -123,7 +123,7 @@ def parse() -> tuple[Run, bool]:
         "system", nargs="?", default="uhd_v1", help=f"one of {', '.join(SYSTEMS.names())}"
     )
     parser.add_argument(
-        "--compare", action="store_true", help="also train and evaluate the two control arms"
+        "--compare", action="store_true", help="also train and evaluate the control arms"
     )
     parser.add_argument("--short", action="store_true", help="every step, but hardly any training")
     parser.add_argument("--output-dir", type=Path, default=Path("checkpoints"))
@@ -131,7 +131,9 @@ def parse() -> tuple[Run, bool]:
     options = parser.parse_args()
     system = SYSTEMS.get(options.system)
     if options.compare and not system.controls:
-        raise UserError(f"--compare: {options.system} has no control arms; uhd_v1 has")
+        raise UserError(
+            f"--compare: {options.system} has no control arms; uhd_v1 and llavolta have"
+        )
     return Run(system, options.output_dir, options.short, options.seed), options.compare
 
 
