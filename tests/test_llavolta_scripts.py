@@ -19,7 +19,7 @@ from llava_uhd.config.recipe import load_recipe
 from llava_uhd.config.training import Recipe
 from llava_uhd.errors import UserError
 from llava_uhd.eval.__main__ import main, parse_arguments
-from llava_uhd.eval.tasks import TASKS
+from llava_uhd.eval.tasks import find_task
 from llava_uhd.train.sequence import make_plan, recipe_sets
 
 PLACE = ROOT / "scripts/v1_5"
@@ -255,11 +255,11 @@ def test_what_is_shown_is_also_written(call: Call, tmp_path: Path, script: str) 
 
 
 @pytest.mark.parametrize("task", TASK_NAMES)
-def test_tasks_without_data_or_not_here_yet(task: str, tmp_path: Path) -> None:
+def test_tasks_without_data(task: str, tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         main(["run", "anywhere", "--tasks", task, "--data-root", str(tmp_path)])
     text = str(caught.value)
-    assert (str(tmp_path) if task in TASKS else f"unknown task '{task}'") in text
+    assert f"{find_task(task).name}: {tmp_path}" in text and "is missing; " in text
     assert "\n" not in text
 
 
