@@ -34,7 +34,7 @@ def test_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [row["name"] for row in found["rows"]] == ["whole", "chunked"]
     assert all(row["best_s"] > 0 for row in found["rows"])
     assert found["estimates"]["whole"] == 40 * 300 * 12 + 300 * 16 * 4
-    assert found["estimates"]["chunked"] == 10 * 300 * 12 + 2 * 300 * 16 * 4
+    assert found["estimates"]["chunked"] == 10 * 300 * 12 + 300 * 16 * 4
 
 
 def test_forms_are_compared() -> None:

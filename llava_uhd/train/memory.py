@@ -166,10 +166,10 @@ def logit_bytes(
     """Bytes that the loss takes beside the gradient of the head.
 
     At its peak, in the backward pass, each logit is there three times in float32: its logarithm of
-    the softmax, and the gradients of that and of the logit. Under "chunked" these are of one piece,
-    but the head's gradient of a piece is there beside the sum. Liger's kernels keep logits in the
-    dtype of the computation, about as many as the states of all learned tokens have values, and sum
-    the head's gradient in float32.
+    the softmax, and the gradients of that and of the logit. Under "chunked" these are of one piece;
+    later the head's gradient of that piece is there beside the sum and the gradient of its logits.
+    Liger's kernels keep logits in the dtype of the computation, about as many as the states of all
+    learned tokens have values, and sum the head's gradient in float32.
 
     Args:
         rows: learned tokens.
@@ -183,8 +183,8 @@ def logit_bytes(
     if form == "liger":
         return rows * width * size * 2.0 + table * (4 if size < 4 else 0)
     pieces = plan_chunks(form, rows, vocabulary)
-    piece = -(-rows // pieces)
-    return piece * vocabulary * 12.0 + (table * size if pieces > 1 else 0.0)
+    logits = -(-rows // pieces) * vocabulary * 4.0
+    return 3 * logits if pieces == 1 else max(3 * logits, logits + table * size)
 
 
 def layer_bytes(shape: LanguageShape, size: int, learns: bool) -> float:
