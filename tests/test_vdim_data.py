@@ -288,6 +288,7 @@ def test_published_values() -> None:
         (["--data.root", "null"], "data.root is missing"),
         (["--tower.path", "null"], "tower.path is missing"),
         (["--trainer.fp16", "true"], "use trainer.bf16"),
+        (["--trainer.optim", "adamw_torch"], "adamw_torch: the upsampler is always trained with"),
         (["--mm_projector_type", "x"], "mm_projector_type"),
         (["--vdim.n_jitters", "0"], "vdim.n_jitters must be at least 1"),
     ],

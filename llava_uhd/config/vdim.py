@@ -223,6 +223,11 @@ class VdimRecipe(Resolved):
             raise UserError("trainer.group_by_modality_length: pictures alone have one modality")
         if self.trainer.arguments.get("fp16"):
             raise UserError("trainer.fp16 loses small gradients here: use trainer.bf16")
+        if "optim" in self.trainer.arguments:
+            raise UserError(
+                f"trainer.optim {self.trainer.arguments['optim']}: the upsampler is always trained "
+                "with NAdam, leave it out"
+            )
 
 
 VDIM_RECIPES: RecipeKind[VdimRecipe] = RecipeKind(

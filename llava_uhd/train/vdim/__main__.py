@@ -19,6 +19,7 @@ from llava_uhd.config.vdim import VDIM_RECIPES, VdimRecipe, load_vdim_recipe
 from llava_uhd.errors import UserError, command
 from llava_uhd.train.guarded import stopped, told_of_the_disk
 from llava_uhd.train.log import JsonLog, read_log
+from llava_uhd.train.optimizers import check_schedule
 from llava_uhd.train.output import agreed, is_finished, last_complete_checkpoint, prepare_output
 from llava_uhd.train.setup import training_arguments, world_size
 from llava_uhd.train.start import part_ways
@@ -39,6 +40,7 @@ def main() -> int:
     """Runs one pre-training from its recipe to its output folder."""
     recipe, finished = parse()
     arguments = vdim_arguments(recipe)
+    check_schedule(arguments)
     if finished is not None:
         console.print(measure_table(measure_finished(recipe, arguments, finished)))
         return 0
