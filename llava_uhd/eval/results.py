@@ -16,6 +16,7 @@ from llava_uhd.checkpoint.compression import short_name
 from llava_uhd.errors import UserError
 from llava_uhd.eval.answers import Answer, write_json, write_lines
 from llava_uhd.eval.metrics import mean, standard_error
+from llava_uhd.eval.statistics import intervals
 from llava_uhd.eval.task import Item, Scored, Task
 
 SCORES_FILE = "scores.json"
@@ -49,6 +50,7 @@ class TaskResult:
         remark: what has to be done with answers that cannot be scored here, or an empty text.
         settings: protocol of the run.
         breakdown: group -> value -> scores.
+        intervals: metric -> kind -> ends of the 95 % interval, see `statistics.intervals`.
     """
 
     task: str
@@ -63,6 +65,7 @@ class TaskResult:
     remark: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
     breakdown: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
+    intervals: Mapping[str, Mapping[str, Sequence[float]]] = field(default_factory=dict)
 
     @property
     def note(self) -> str:
@@ -145,6 +148,14 @@ def score_answers(
         of=total,
         settings=dict(settings),
         breakdown=task.breakdown(scored),
+        intervals=intervals(
+            scored,
+            [each.metrics for each in scored],
+            [task.unit(each.item) for each in scored],
+            scores,
+            task.main_metric,
+            task.aggregate,
+        ),
     )
     return result, scored
 
@@ -153,11 +164,14 @@ def _counts(scored: Sequence[Scored]) -> dict[str, int]:
     return dict(Counter(name for each in scored for name in each.metrics))
 
 
-def item_rows(scored: Sequence[Scored], answers: Mapping[str | int, Answer]) -> list[dict]:
+def item_rows(
+    task: Task, scored: Sequence[Scored], answers: Mapping[str | int, Answer]
+) -> list[dict]:
     """One row per item, for viewers: what was asked, said, read, expected, and its scores."""
     return [
         {
             "id": each.item.id,
+            "unit": task.unit(each.item),
             "images": [str(image) for image in each.item.images if isinstance(image, str | Path)],
             "question": each.item.question,
             "prompt": answers[each.item.id].prompt,

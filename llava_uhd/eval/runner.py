@@ -200,7 +200,7 @@ def score_task(job: Job, answers: Mapping[str | int, Answer], problem: str) -> T
         job.task, job.wanted, answers, total=len(job.items), settings=job.settings
     )
     result = dataclasses.replace(result, remark=remark(job.task, files))
-    write_task(job.folder, result, item_rows(scored, answers))
+    write_task(job.folder, result, item_rows(job.task, scored, answers))
     for name, content in job.task.with_settings(job.settings).pictures(scored):
         (job.folder / name).write_bytes(content)
     return result

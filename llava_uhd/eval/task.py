@@ -164,6 +164,10 @@ class Task(ABC):
             UserError: a damaged file.
         """
 
+    def unit(self, item: Item) -> str | int:
+        """What stands or falls together with other items: a question with several copies."""
+        return item.id
+
     @abstractmethod
     def score(self, item: Item, parsed: str) -> dict[str, float]:
         """Metrics of one answer as `parse` read it."""

@@ -119,6 +119,10 @@ class MMBench(ChoiceTask):
         """Whether this copy is right."""
         return {"copy": float(parsed == item.reference)}
 
+    def unit(self, item: Item) -> int:
+        """The question, which has copies."""
+        return int(item.id) % _COPY
+
     def aggregate(self, scored: Sequence[Scored]) -> dict[str, float]:
         """Questions all of whose copies are right, and first copies that are."""
         if not scored:

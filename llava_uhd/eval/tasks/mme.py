@@ -75,6 +75,10 @@ class MME(QuestionFileTask):
         """Right or wrong."""
         return {"accuracy": float(parsed == item.reference.lower())}
 
+    def unit(self, item: Item) -> str:
+        """The image, which is asked about twice."""
+        return f"{item.groups['category']}/{item.extra['file']}"
+
     def aggregate(self, scored: Sequence[Scored]) -> dict[str, float]:
         """The two sums, then the categories."""
         scores = {name: table["score"] for name, table in self._tables(scored).items()}
