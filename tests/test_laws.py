@@ -18,6 +18,7 @@ PACKAGE = ROOT / "llava_uhd"
 FLOORS = {
     "errors": -1,
     "registry": 0,
+    "page": 0,
     "config": 1,
     "images": 2,
     "vision": 2,

@@ -15,20 +15,12 @@ import pytest
 from fixtures_runs import FROM_NOTHING, Train
 
 from llava_uhd.errors import UserError
+from llava_uhd.page import short, ticks
 from llava_uhd.train import report
 from llava_uhd.train.log import append_stage
 from llava_uhd.train.record import HIDDEN
 from llava_uhd.train.report import ReportCallback, write_report
-from llava_uhd.train.report_charts import (
-    MOST_POINTS,
-    Mark,
-    Series,
-    area_chart,
-    line_chart,
-    short,
-    thin,
-    ticks,
-)
+from llava_uhd.train.report_charts import MOST_POINTS, Mark, Series, area_chart, line_chart, thin
 from llava_uhd.train.report_samples import read_samples
 
 

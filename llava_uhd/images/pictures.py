@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
@@ -177,3 +179,18 @@ def _arrange(panels: list[Panel], wide: bool) -> Image.Image:
         else:
             left += size[0] + MARGIN
     return canvas
+
+
+def data_uri(image: Image.Image, side: int | None = None) -> str:
+    """A picture as text for an HTML file.
+
+    Args:
+        image: of any mode.
+        side: the longer side has so many pixels at most, and the file is a JPEG; None: a PNG of
+            all pixels.
+    """
+    kind, image, stream = "png" if side is None else "jpeg", image.convert("RGB"), io.BytesIO()
+    if side is not None:
+        image.thumbnail((side, side))
+    image.save(stream, kind.upper(), **({} if side is None else {"quality": 80}))
+    return f"data:image/{kind};base64," + base64.b64encode(stream.getvalue()).decode()

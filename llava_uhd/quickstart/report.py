@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, select_autoescape
 from PIL import Image
 
 from llava_uhd.checkpoint.load import load_pretrained
 from llava_uhd.checkpoint.manifest import read_manifest
 from llava_uhd.checkpoint.pyramid import Pyramid
-from llava_uhd.images.pictures import slice_grid_picture
+from llava_uhd.images.pictures import data_uri, slice_grid_picture
 from llava_uhd.images.pixels import open_image
 from llava_uhd.model.modeling import LlavaUHDForConditionalGeneration
+from llava_uhd.page import render
 from llava_uhd.text.processor import LlavaUHDProcessor
 from llava_uhd.text.templates import Turn
 from llava_uhd.train.log import draw_loss
@@ -52,13 +50,6 @@ class Arm:
         """Answered questions."""
         path = self.folder / "eval" / "synthetic" / "items.jsonl"
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def data_uri(image: Image.Image) -> str:
-    """A picture as text for an HTML file."""
-    stream = io.BytesIO()
-    image.convert("RGB").save(stream, "PNG")
-    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
 
 
 def photographs() -> dict[str, Image.Image]:
@@ -153,10 +144,8 @@ def write_report(
     first = {"pretrain": pretrained} if vdim is None else {"VDIM": vdim, "pretrain": pretrained}
     folders = {**first, **{arm.title: arm.folder for arm in arms}}
     drawn = draw_loss(folders, curve)
-    environment = Environment(
-        loader=PackageLoader("llava_uhd", "assets"), autoescape=select_autoescape()
-    )
-    html = environment.get_template("report.html").render(
+    html = render(
+        "report.html",
         arms=arms,
         times=times,
         grids=grids,

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, PackageLoader, select_autoescape
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from llava_uhd.checkpoint.manifest import read_manifest, write_whole
 from llava_uhd.checkpoint.weights import read_json
 from llava_uhd.config.typed import load_yaml
 from llava_uhd.errors import UserError, command
+from llava_uhd.page import render
 from llava_uhd.train.drawn import DATA_FILE
 from llava_uhd.train.heldout_page import read_answers
 from llava_uhd.train.log import LOG_FILE
@@ -69,11 +69,9 @@ def write_report(folders: Sequence[Path], target: Path | None = None) -> Path:
         The file.
     """
     runs = [Run.read(folder, name) for folder, name in zip(folders, _names(folders))]
-    environment = Environment(
-        loader=PackageLoader("llava_uhd", "assets"), autoescape=select_autoescape()
-    )
     conventions = {run.record["flop_convention"] for run in runs if "flop_convention" in run.record}
-    page = environment.get_template("training.html").render(
+    page = render(
+        "training.html",
         title="Training report" if len(runs) == 1 else f"{len(runs)} runs side by side",
         lead=", ".join(f"{run.name} in {run.folder}" for run in runs),
         runs=[_shown(run) for run in runs],

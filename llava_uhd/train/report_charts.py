@@ -7,12 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
 
+from llava_uhd.page import COLOURS, legend, short, ticks
+
 Point = tuple[float, float]
 
-COLOURS = (
-    *("#1f4e8c", "#c46a1b", "#2f7d4f", "#8a3d8f", "#b23a48", "#3b8ea5"),
-    *("#7a6a2c", "#5b6675", "#d18fb0"),
-)
 WIDTH, HEIGHT = 520, 260
 LEFT, RIGHT, TOP, BOTTOM = 62, 12, 14, 34
 # More points than pixels are averaged.
@@ -120,33 +118,6 @@ class Axes:
         )
 
 
-def short(value: float) -> str:
-    """A number of few characters.
-
-    Example: 0.00002 is ``"2e-05"``, 12000 is ``"12k"``, 0.25 is ``"0.25"``.
-    """
-    if abs(value) >= 1e6:
-        return f"{value / 1e6:g}M"
-    if abs(value) >= 1e4:
-        return f"{value / 1e3:g}k"
-    return f"{value:.4g}"
-
-
-def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
-    """Round values between two bounds.
-
-    Example: ``ticks(0, 10)`` is ``[0, 2, 4, 6, 8, 10]``.
-    """
-    if not high > low:
-        return [low]
-    rough = (high - low) / wanted
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(f * power for f in (1, 2, 2.5, 5, 10) if f * power >= rough * 0.999)
-    first = math.ceil(low / step - 1e-9)
-    last = math.floor(high / step + 1e-9)
-    return [round(number * step, 12) for number in range(first, last + 1)]
-
-
 def thin(points: Sequence[Point]) -> list[Point]:
     """At most `MOST_POINTS` points, each the mean of its neighbours."""
     size = -(-len(points) // MOST_POINTS)
@@ -157,16 +128,6 @@ def thin(points: Sequence[Point]) -> list[Point]:
         (sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group))
         for group in groups
     ]
-
-
-def legend(names: Sequence[tuple[str, str]]) -> str:
-    """Coloured words below a chart."""
-    words = (
-        f'<span><i style="background:{colour}"></i>{escape(name)}</span>'
-        for name, colour in names
-        if name
-    )
-    return f'<div class="legend">{"".join(words)}</div>'
 
 
 def line_chart(

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llava_uhd.page import COLOURS
 from llava_uhd.train.log import read_log, smooth, stage_marks
 from llava_uhd.train.meter import TIME
 from llava_uhd.train.record import read_record
-from llava_uhd.train.report_charts import COLOURS, Mark, Point, Series, area_chart, line_chart
+from llava_uhd.train.report_charts import Mark, Point, Series, area_chart, line_chart
 from llava_uhd.train.report_samples import read_samples
 from llava_uhd.train.timing import MEANINGS, PARTS
 

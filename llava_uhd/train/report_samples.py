@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ from PIL import Image
 from llava_uhd.checkpoint.manifest import write_whole
 from llava_uhd.data.dataset import BrokenFileError, ConversationDataset
 from llava_uhd.errors import UserError
-from llava_uhd.images.pictures import slice_grid_picture
+from llava_uhd.images.pictures import data_uri, slice_grid_picture
 from llava_uhd.images.pixels import open_image
 from llava_uhd.train.preview import Sample, look, pieces, shorten
 
@@ -74,11 +72,7 @@ def describe(sample: Sample, dataset: ConversationDataset) -> dict[str, Any]:
 
 def small_picture(image: Image.Image) -> str:
     """A picture of at most `SIDE` pixels as text for an HTML file."""
-    image = image.convert("RGB")
-    image.thumbnail((SIDE, SIDE))
-    stream = io.BytesIO()
-    image.save(stream, "JPEG", quality=80)
-    return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()
+    return data_uri(image, SIDE)
 
 
 def read_samples(folder: Path) -> list[dict[str, Any]]:
