@@ -11,6 +11,11 @@
     python -m llava_uhd.eval submission --task TASK --answers FILE --output DIR
                                                              files to upload
     python -m llava_uhd.eval check-submission --task TASK FILE    would a server take this file?
+    python -m llava_uhd.eval judge RESULTS_DIR --base-url URL --model NAME
+                                                             scores by a chat model
+    python -m llava_uhd.eval judge --question F --context F --answer-list REF OURS --rule F
+        --output REVIEW                                      the published review
+    python -m llava_uhd.eval judge summarize REVIEW          its summary
 """
 
 from __future__ import annotations
@@ -49,6 +54,8 @@ from llava_uhd.eval.commands import (
     submission_command,
 )
 from llava_uhd.eval.generate import Answerer, Limits
+from llava_uhd.eval.judge.command import judge_command
+from llava_uhd.eval.judge.options import add_judge_command
 from llava_uhd.eval.protocols import OWN, PROTOCOLS, processor_for
 from llava_uhd.eval.provenance import data_digest, model_digest, provenance
 from llava_uhd.eval.ranks import Ranks
@@ -106,6 +113,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     listing = commands.add_parser("list", help="tasks and their data")
     listing.add_argument("--data-root", type=Path, help=f"default: {DATA_ROOT}")
     add_data_commands(commands)
+    add_judge_command(commands)
     return parser.parse_args(words)
 
 
@@ -124,6 +132,7 @@ def main(words: list[str] | None = None) -> int:
         "check-data": check_data_command,
         "submission": submission_command,
         "check-submission": check_submission_command,
+        "judge": judge_and_report,
     }
     return known.get(options.command, run_command)(options)
 
@@ -313,8 +322,21 @@ def score_command(options: argparse.Namespace) -> int:
         )
     for folder in folders:
         score_again(folder, TASKS.get(folder.name), options.data_root)
-    recorded = read_json(folders[0] / RUN_FILE).get("checkpoint", options.results)
-    return report(options.results, str(recorded), [folder.name for folder in folders])
+    return report(options.results, _title(folders[0]), [folder.name for folder in folders])
+
+
+def _title(folder: Path) -> str:
+    """The checkpoint whose answers a task's folder holds."""
+    return str(read_json(folder / RUN_FILE).get("checkpoint", folder.parent))
+
+
+def judge_and_report(options: argparse.Namespace) -> int:
+    """``judge``: scores by a chat model, and the table with them."""
+    judged = judge_command(options)
+    if judged.results is None:
+        return judged.status
+    title = _title(judged.results / judged.tasks[0])
+    return max(report(judged.results, title, judged.tasks), judged.status)
 
 
 def list_tasks(options: argparse.Namespace) -> int:

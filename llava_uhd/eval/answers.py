@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 from llava_uhd.errors import UserError
 
@@ -195,16 +195,26 @@ class AnswerLog:
         self._file.flush()
 
     def _lock(self) -> None:
-        try:
-            import fcntl
-        except ImportError:  # not a POSIX system
-            return
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"{self.path} is being written by another evaluation: wait for it, or pass "
-                "another --output"
-            ) from None
-        except OSError:
-            return  # a file system without locks
+        lock_file(
+            self._file,
+            f"{self.path} is being written by another evaluation: wait for it, or pass another "
+            "--output",
+        )
+
+
+def lock_file(file: IO[bytes], message: str) -> None:
+    """Locks an open file until it is closed, where the system has locks.
+
+    Raises:
+        UserError: with the message, where another process has locked it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # not a POSIX system
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(message) from None
+    except OSError:
+        return  # a file system without locks

@@ -132,12 +132,26 @@ def score_answers(
         text = answers[item.id].text
         parsed = task.parse(item, text)
         scored.append(Scored(item, text, parsed, task.score(item, parsed)))
+    return task_result(task, scored, total, settings), scored
+
+
+def task_result(
+    task: Task, scored: Sequence[Scored], total: int, settings: Mapping[str, Any]
+) -> TaskResult:
+    """The scores of a task from those of its items.
+
+    Args:
+        task: aggregates them.
+        scored: all items.
+        total: number of items of the whole task.
+        settings: shown beside the scores.
+    """
     scores = task.aggregate(scored)
     main = [each.metrics[task.main_metric] for each in scored if task.main_metric in each.metrics]
     # Only where the score is a plain mean does its error follow from the items.
     score = scores.get(task.main_metric, math.nan)
     unit = next((unit for unit in (1, 100) if main and math.isclose(unit * mean(main), score)), 0)
-    result = TaskResult(
+    return TaskResult(
         task=task.name,
         title=task.title,
         metric=task.main_metric,
@@ -157,7 +171,6 @@ def score_answers(
             task.aggregate,
         ),
     )
-    return result, scored
 
 
 def _counts(scored: Sequence[Scored]) -> dict[str, int]:

@@ -28,6 +28,7 @@ from llava_uhd.eval.answers import (
     write_lines,
 )
 from llava_uhd.eval.generate import Answerer, Failure, Limits
+from llava_uhd.eval.judge.verdicts import with_verdicts
 from llava_uhd.eval.layout import remark, write_published, write_submissions
 from llava_uhd.eval.progress import Meter
 from llava_uhd.eval.ranks import Ranks
@@ -200,6 +201,7 @@ def score_task(job: Job, answers: Mapping[str | int, Answer], problem: str) -> T
         job.task, job.wanted, answers, total=len(job.items), settings=job.settings
     )
     result = dataclasses.replace(result, remark=remark(job.task, files))
+    result, scored = with_verdicts(job.folder, job.task, scored, result)
     write_task(job.folder, result, item_rows(job.task, scored, answers))
     for name, content in job.task.with_settings(job.settings).pictures(scored):
         (job.folder / name).write_bytes(content)
@@ -217,6 +219,24 @@ def score_again(folder: Path, task: Task, data_root: Path | None) -> TaskResult:
     Raises:
         UserError: damaged files, or data that are not those of the run.
     """
+    job, answers = saved_job(folder, task, data_root)
+    return score_task(job, answers, check_ids(job.wanted, job.items, answers))
+
+
+def saved_job(
+    folder: Path, task: Task, data_root: Path | None, gold: bool | None = False
+) -> tuple[Job, dict[str | int, Answer]]:
+    """The run that a task's folder holds, and its merged answers.
+
+    Args:
+        folder: with ``answers.jsonl`` and the files beside it.
+        task: that the folder belongs to.
+        data_root: of the data; None takes the place that the run recorded.
+        gold: items without images; None means where the images are not there.
+
+    Raises:
+        UserError: damaged files, or data that are not those of the run.
+    """
     try:
         settings = json.loads((folder / SETTINGS_FILE).read_text("utf-8"))["settings"]
         recorded = json.loads((folder / RUN_FILE).read_text("utf-8"))
@@ -230,8 +250,10 @@ def score_again(folder: Path, task: Task, data_root: Path | None) -> TaskResult:
         if row["id"] in answers:
             raise UserError(f"{path}: {row['id']!r} was answered twice: remove one of the lines")
         answers[row["id"]] = make_answer(row, path)
-    job = Job(task, task.load(root), limit, folder, root, settings, recorded)
-    return score_task(job, answers, check_ids(job.wanted, job.items, answers))
+    if gold is None:
+        gold = task.missing(root) is not None
+    items = task.load(root, gold=gold)
+    return Job(task, items, limit, folder, root, settings, recorded), answers
 
 
 def make_limits(task: Task, beams: int | None, tokens: int | None, batch_size: int) -> Limits:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from llava_uhd.errors import UserError
+from llava_uhd.eval.metrics import percent_of_each
 from llava_uhd.eval.published import read_object
-from llava_uhd.eval.task import Answers, Item
+from llava_uhd.eval.scoring.reviews import summarise
+from llava_uhd.eval.task import Answers, Item, Scored
 from llava_uhd.eval.tasks.question_file import QuestionFileTask
 
 
@@ -44,6 +47,18 @@ class LlavaBench(QuestionFileTask):
         """Nothing: a judge scores."""
         return {}
 
+    def aggregate(self, scored: Sequence[Scored]) -> dict[str, float]:
+        """The published summary of the pairs that a judge gave; nothing without them."""
+        pairs = [
+            (each.metrics["reference"], each.metrics["model"])
+            for each in scored
+            if "reference" in each.metrics
+        ]
+        if not pairs:
+            return {}
+        found = summarise(pairs)._asdict()
+        return {name: value for name, value in found.items() if math.isfinite(value)}
+
 
 class MMVet(QuestionFileTask):
     """MM-Vet: 218 open questions; graded with GPT-4 from the result file."""
@@ -65,6 +80,10 @@ class MMVet(QuestionFileTask):
     def score(self, item: Item, parsed: str) -> dict[str, float]:
         """Nothing: a judge scores."""
         return {}
+
+    def aggregate(self, scored: Sequence[Scored]) -> dict[str, float]:
+        """Mean grades out of 100, of all questions and for each ability."""
+        return percent_of_each([each.metrics for each in scored])
 
     def submission(
         self, root: Path, items: Sequence[Item], answers: Answers

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from llava_uhd.errors import UserError
+from llava_uhd.eval.metrics import mean_of_each
 from llava_uhd.eval.published import add_answer, iterate_rows, json_lines, read_rows
 from llava_uhd.eval.scoring.vqa import normalise
-from llava_uhd.eval.task import Answers, Item, Task
+from llava_uhd.eval.task import Answers, Item, Scored, Task
 from llava_uhd.eval.tasks.question_file import first_of, image_path
 
 _ENDINGS = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".gif")
@@ -76,6 +77,13 @@ class VideoQA(Task):
     def score(self, item: Item, parsed: str) -> dict[str, float]:
         """Equality after the normalisation of VQA: a lower bound, no substitute for the judge."""
         return {"exact_match": float(normalise(parsed) == normalise(item.reference))}
+
+    def aggregate(self, scored: Sequence[Scored]) -> dict[str, float]:
+        """Means; the accuracy that a judge gives is in percent, its score from 0 to 5."""
+        scores = mean_of_each([each.metrics for each in scored])
+        if self.main_metric in scores:
+            scores[self.main_metric] *= 100
+        return scores
 
     def published_row(self, item: Item, answer: str, model: str) -> dict[str, Any]:
         """A line of the predictions that the published judges read."""
