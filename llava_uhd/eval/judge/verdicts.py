@@ -102,7 +102,7 @@ def with_verdicts(
     if unread:
         some = ", ".join(map(repr, unread[:5])) + ", ..." * (len(unread) > 5)
         how = "counted as published" if judge.get("compatible") else "left out"
-        words.append(f"{len(unread)} verdicts missing, {how} ({some})")
+        words.append(f"without a verdict: {len(unread)} ({some}), {how}")
     first = results[0]
     joined = dataclasses.replace(
         first,
