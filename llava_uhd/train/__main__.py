@@ -25,8 +25,8 @@ from llava_uhd.train.fsdp import keep_masters
 from llava_uhd.train.guarded import stopped, told_of_the_disk
 from llava_uhd.train.heldout import HeldOut, held_out_dataset
 from llava_uhd.train.log import CURVE_FILE, JsonLog, draw_loss, read_log
-from llava_uhd.train.loss import check_loss
 from llava_uhd.train.lora import add_adapters, finish_adapters, lora_run, storage
+from llava_uhd.train.loss import check_loss
 from llava_uhd.train.optimizers import check_optimizer, check_schedule
 from llava_uhd.train.output import agreed, is_finished, last_complete_checkpoint, prepare_output
 from llava_uhd.train.packed import announce_rows, pack, rows_of_device

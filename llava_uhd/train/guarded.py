@@ -16,12 +16,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from llava_uhd.errors import STOPPED_STATUS, UserError
 from llava_uhd.train.diagnostics import write_bundle
 from llava_uhd.train.elastic import fitting, mend, seal_facts, settings_of
+from llava_uhd.train.optimizers import make_schedule
 from llava_uhd.train.saving import (
     SEAL_FILE,
     UNFINISHED,
@@ -115,6 +117,8 @@ class GuardedTrainer(Trainer):
 
     recipe: Any
     sampler: Any
+    optimizer: torch.optim.Optimizer | None
+    lr_scheduler: Any
 
     def __init__(self, **kwargs: Any) -> None:
         self.signals = StopOnSignal()
@@ -169,6 +173,17 @@ class GuardedTrainer(Trainer):
         inner = getattr(loader, "base_dataloader", loader)
         inner.worker_init_fn = QuietWorker(inner.worker_init_fn)
         return loader
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> LRScheduler:
+        """The recipe's schedule; shares of the run are steps now."""
+        if self.lr_scheduler is None:
+            target = self.optimizer if optimizer is None else optimizer
+            assert target is not None, "the optimizer comes first"
+            self.lr_scheduler = make_schedule(self.args, target, num_training_steps)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
 
     # --- numbers ----------------------------------------------------------------------------------
 

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Sampler
 from transformers import (
     TrainerCallback,
@@ -29,11 +28,11 @@ from llava_uhd.train.compression import INPUT, ScheduledCompression
 from llava_uhd.train.counting import FACTS, facts_of
 from llava_uhd.train.fsdp import plan_units
 from llava_uhd.train.heldout import HeldOut
+from llava_uhd.train.lora import LoraRun
 from llava_uhd.train.loss import INPUT as LOSS_PLAN
 from llava_uhd.train.loss import LossPlanner
-from llava_uhd.train.lora import LoraRun
 from llava_uhd.train.meter import Meter
-from llava_uhd.train.optimizers import make_optimizer, make_schedule
+from llava_uhd.train.optimizers import make_optimizer
 from llava_uhd.train.sharding import Sharing
 from llava_uhd.train.shared_trainer import SharedTrainer
 from llava_uhd.train.shares import TRAINABLE_FILE, check_same
@@ -78,7 +77,6 @@ class StageTrainer(SharedTrainer):
 
     train_dataset: ConversationDataset | PackedSamples
     optimizer: torch.optim.Optimizer | None
-    lr_scheduler: LRScheduler | None
     control: TrainerControl
 
     def __init__(
@@ -145,16 +143,6 @@ class StageTrainer(SharedTrainer):
             )
             self.optimizer = make_optimizer(self.args, groups, target)
         return self.optimizer
-
-    def create_scheduler(
-        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
-    ) -> LRScheduler:
-        """The recipe's schedule; shares of the run are steps now."""
-        if self.lr_scheduler is None:
-            target = self.create_optimizer() if optimizer is None else optimizer
-            self.lr_scheduler = make_schedule(self.args, target, num_training_steps)
-            self._created_lr_scheduler = True
-        return self.lr_scheduler
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # The library takes a step before it asks whether there is one left to take: a run that

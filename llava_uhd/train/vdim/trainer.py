@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Sampler
 from transformers import (
     TrainerCallback,
@@ -25,7 +24,6 @@ from llava_uhd.data.sampler import SeededSampler
 from llava_uhd.errors import UserError
 from llava_uhd.images.feature_pictures import pyramid_picture, stack_sheets
 from llava_uhd.train.guarded import GuardedTrainer
-from llava_uhd.train.optimizers import make_schedule
 from llava_uhd.train.shares import TRAINABLE_FILE
 from llava_uhd.train.vdim.build import HEADS_FILE, published_heads
 from llava_uhd.train.vdim.data import Pictures, PictureSet, Transform, batches
@@ -129,16 +127,6 @@ class VdimTrainer(GuardedTrainer):
                 momentum_decay=4e-3,
             )
         return self.optimizer
-
-    def create_scheduler(
-        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
-    ) -> LRScheduler:
-        """The recipe's schedule, as in `StageTrainer`."""
-        if self.lr_scheduler is None:
-            target = self.optimizer if optimizer is None else optimizer
-            self.lr_scheduler = make_schedule(self.args, target, num_training_steps)
-            self._created_lr_scheduler = True
-        return self.lr_scheduler
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # As in `StageTrainer`: no step too many after a kill behind the last one.
