@@ -77,6 +77,38 @@ def test_trainer_settings() -> None:
 
 
 @pytest.mark.parametrize(
+    ("key", "wrong", "right", "message"),
+    [
+        ("max_steps", (0, -5), (1, -1), "at least 1, or -1 for no bound"),
+        ("num_train_epochs", (0, -1.0), (0.5,), "above 0"),
+        ("logging_steps", (0, -1), (1, 0.1), "above 0"),
+        ("save_steps", (0, -3), (1, 0.1), r"above 0 \(--trainer.save_strategy no"),
+        ("eval_steps", (0,), (1, None), "above 0"),
+        ("save_total_limit", (0, -1), (1, None), "at least 1, or null"),
+        ("weight_decay", (-0.1,), (0, 0.1), "at least 0"),
+        ("max_grad_norm", (-1,), (0, 1.0, None), "at least 0"),
+        ("warmup_steps", (-3,), (0, 0.03), "at least 0"),
+        ("adam_beta2", (-0.1, 1, 2), (0.999,), "at least 0 and below 1"),
+        ("dataloader_num_workers", (-1,), (0, 4), "at least 0"),
+        ("seed", (-1, 2**32), (0, 2**32 - 1), "at least 0 and below 2"),
+    ],
+)
+def test_values_that_the_library_misreads(
+    key: str, wrong: tuple[Any, ...], right: tuple[Any, ...], message: str
+) -> None:
+    for value in wrong:
+        with pytest.raises(UserError, match=rf"^trainer\.{key} must be {message}.*, got {value}$"):
+            TrainerConfig(arguments={key: value})
+    for value in right:
+        assert TrainerConfig(arguments={key: value}).arguments[key] == value
+
+
+def test_where_a_run_goes_on_is_its_output_folder() -> None:
+    with pytest.raises(UserError, match=r"resume_from_checkpoint: a run goes on .* by itself"):
+        TrainerConfig(arguments={"resume_from_checkpoint": "checkpoints/old"})
+
+
+@pytest.mark.parametrize(
     ("section", "message"),
     [
         ({"projector": ProjectorConfig(num_queries=81)}, r"model\.projector\.num_queries is 81"),

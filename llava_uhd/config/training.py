@@ -12,6 +12,7 @@ from llava_uhd.config.data import DataConfig as DataConfig
 from llava_uhd.config.lora import LoraSection
 from llava_uhd.config.model import CompressionConfig, ImageConfig, ProjectorConfig, VideoConfig
 from llava_uhd.config.packed import check_packed
+from llava_uhd.config.ranges import check_ranges
 from llava_uhd.config.resolved import Resolved
 from llava_uhd.config.schema import Flat, build, leaf_types
 from llava_uhd.errors import UserError
@@ -174,6 +175,7 @@ class TrainerConfig:
         for name, value in counts.items():
             if value is not None and value < 1:
                 raise UserError(f"trainer.{name} must be at least 1, got {value}")
+        check_ranges(self.arguments)
 
     def batch_plan(self, world_size: int) -> tuple[int, int]:
         """Per-device batch and accumulation steps that give the global batch.
