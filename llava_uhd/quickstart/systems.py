@@ -33,19 +33,17 @@ class System:
         main: the reading that is shown.
         controls: readings that ``--compare`` adds.
         vdim: recipe that pre-trains the upsampler before the first stage, if the system has one.
-        shares: folder of the reading whose first stage this system goes on from; None: its own.
     """
 
     pretrain: str
     main: Reading
     controls: tuple[Reading, ...] = ()
     vdim: str | None = None
-    shares: str | None = None
 
     @property
     def pretrain_folder(self) -> str:
         """Name of the first stage's output folder."""
-        return f"{self.shares or self.main.folder}-pretrain"
+        return f"{self.main.folder}-pretrain"
 
     @property
     def vdim_folder(self) -> str:
@@ -53,19 +51,17 @@ class System:
         return f"{self.main.folder}-vdim"
 
 
-NATIVE = Reading(
-    "quickstart",
-    "quickstart/finetune",
-    "native-resolution slices",
-    "slices cut from the picture at its own resolution, and the overview",
-)
-
 SYSTEMS: Registry[System] = Registry("system of the quickstart")
 SYSTEMS.add(
     "uhd_v1",
     System(
         pretrain="quickstart/pretrain",
-        main=NATIVE,
+        main=Reading(
+            "quickstart",
+            "quickstart/finetune",
+            "native-resolution slices",
+            "slices cut from the picture at its own resolution, and the overview",
+        ),
         controls=(
             Reading(
                 "quickstart-squeeze",
@@ -98,14 +94,20 @@ SYSTEMS.add(
 SYSTEMS.add(
     "llavolta",
     System(
-        pretrain="quickstart/pretrain",
+        pretrain="quickstart/llavolta_pretrain",
         main=Reading(
             "quickstart-llavolta",
-            "quickstart/finetune_four_stage",
+            "quickstart/llavolta_finetune",
             "slices, compressed in training",
             "the same slices; in three quarters of the steps the language model pools their tokens",
         ),
-        controls=(NATIVE,),
-        shares=NATIVE.folder,
+        controls=(
+            Reading(
+                "quickstart-llavolta-uncompressed",
+                "quickstart/llavolta_uncompressed",
+                "slices, never compressed",
+                "the same slices, steps and rates; all tokens in every step",
+            ),
+        ),
     ),
 )
