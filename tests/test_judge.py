@@ -81,7 +81,7 @@ def test_published_summary(
     name = review.scores["summary_stdout"].split("\n")[0]
     file = tmp_path / f"{name}.jsonl"
     file.write_bytes(review.lines)
-    assert main(["judge", "summarize", f"{file}", "--compatible"]) == 0
+    assert main(["judge", "summarize", "--compatible", f"{file}"]) == 0
     assert capsys.readouterr().out == review.scores["summary_stdout"]
     ignored = review.scores.get("summary_ignoring_0_4_7")
     if ignored:

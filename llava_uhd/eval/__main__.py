@@ -54,8 +54,8 @@ from llava_uhd.eval.commands import (
     submission_command,
 )
 from llava_uhd.eval.generate import Answerer, Limits
-from llava_uhd.eval.judge.command import judge_command
-from llava_uhd.eval.judge.options import add_judge_command
+from llava_uhd.eval.judge.command import judge_command, summarize_command
+from llava_uhd.eval.judge.options import SUMMARIZE, add_judge_command, join_words
 from llava_uhd.eval.protocols import OWN, PROTOCOLS, processor_for
 from llava_uhd.eval.provenance import data_digest, model_digest, provenance
 from llava_uhd.eval.ranks import Ranks
@@ -114,7 +114,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     listing.add_argument("--data-root", type=Path, help=f"default: {DATA_ROOT}")
     add_data_commands(commands)
     add_judge_command(commands)
-    return parser.parse_args(words)
+    return parser.parse_args(join_words(sys.argv[1:] if words is None else words))
 
 
 def main(words: list[str] | None = None) -> int:
@@ -133,6 +133,7 @@ def main(words: list[str] | None = None) -> int:
         "submission": submission_command,
         "check-submission": check_submission_command,
         "judge": judge_and_report,
+        SUMMARIZE: summarize_command,
     }
     return known.get(options.command, run_command)(options)
 

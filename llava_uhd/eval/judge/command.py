@@ -15,7 +15,6 @@ from llava_uhd.eval.judge.cache import Cache
 from llava_uhd.eval.judge.endpoint import Endpoint
 from llava_uhd.eval.judge.folder import Work, judge_work, judged_folders, read_work
 from llava_uhd.eval.judge.options import (
-    SUMMARIZE,
     check_numbers,
     make_endpoint,
     read_parameters,
@@ -49,27 +48,31 @@ class Judged:
 
 
 def judge_command(options: argparse.Namespace) -> Judged:
-    """The three forms of the command.
+    """``judge``: of a results folder, or the published review.
 
     Raises:
         UserError: options that do not fit together, and whatever the forms raise.
     """
     check_numbers(options)
     words = options.words
-    if words[:1] == [SUMMARIZE]:
-        return Judged(_summarize(options, [Path(word) for word in words[1:]]))
     if options.question is not None:
         if words:
             raise UserError(f"judge --question takes no folder, got {words[0]!r}")
         return Judged(_review(options))
     if len(words) != 1:
-        raise UserError("judge: name a results folder, or --question, or summarize and a review")
+        raise UserError("judge: name a results folder, or --question and other files of a review")
     return _results(options, Path(words[0]))
 
 
-def _summarize(options: argparse.Namespace, files: Sequence[Path]) -> int:
-    """``judge summarize``: the published summary on stdout, what was left out on stderr."""
-    found = find_reviews([*files, *options.files], options.dir, options.select, options.version)
+def summarize_command(options: argparse.Namespace) -> int:
+    """``judge summarize``: the published summary on stdout, what was left out on stderr.
+
+    Raises:
+        UserError: no review, or a damaged one.
+    """
+    found = find_reviews(
+        [*options.words, *options.files], options.dir, options.select, options.version
+    )
     for file in found:
         summary = summarise_file(file, options.ignore, options.compatible)
         Console(emoji=False).print(summary.text, markup=False, highlight=False, soft_wrap=True)

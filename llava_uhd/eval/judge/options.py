@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,16 @@ from llava_uhd.errors import UserError
 from llava_uhd.eval.judge.endpoint import KEY_VARIABLE, URL_VARIABLES, Endpoint, Retry, default_url
 from llava_uhd.eval.judge.review import PUBLISHED_MODEL
 
-SUMMARIZE = "summarize"
+SUMMARIZE = "judge-summarize"
+
+
+def join_words(words: Sequence[str]) -> list[str]:
+    """The command line with ``judge summarize`` in one word, which has options of its own."""
+    return [SUMMARIZE, *words[2:]] if list(words[:2]) == ["judge", "summarize"] else list(words)
 
 
 def add_judge_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds ``judge``."""
+    """Adds ``judge`` and ``judge summarize`` (see `join_words`)."""
     judge = commands.add_parser(
         "judge",
         help="GPT-assisted review, with any OpenAI-compatible server",
@@ -23,14 +29,9 @@ def add_judge_command(commands: argparse._SubParsersAction[argparse.ArgumentPars
         "--question F [--context F] --answer-list REF OURS --rule F --output REVIEW: the published "
         "review. judge summarize REVIEW...: its summary.",
     )
-    judge.add_argument("words", nargs="*", metavar="RESULTS_DIR | summarize REVIEW")
+    judge.add_argument("words", nargs="*", metavar="RESULTS_DIR")
     _add_server(judge.add_argument_group("server"))
-    judge.add_argument(
-        "--compatible",
-        action="store_true",
-        help="as published: replies that cannot be read count as -1 (MM-Vet: 0), answers belong to "
-        "questions by position",
-    )
+    _add_compatible(judge)
     judge.add_argument("-r", "--rule", type=Path, help="rule.json with the prompts of reviews")
     results = judge.add_argument_group("of a results folder")
     results.add_argument("--tasks", help="comma-separated; default: all judged ones in it")
@@ -42,12 +43,23 @@ def add_judge_command(commands: argparse._SubParsersAction[argparse.ArgumentPars
     review.add_argument("-c", "--context", type=Path, help="JSON lines that stand for the images")
     review.add_argument("-a", "--answer-list", type=Path, nargs="+", help="reference, then ours")
     review.add_argument("-o", "--output", type=Path, help="review file; goes on with what is there")
-    summary = judge.add_argument_group("summarize")
+    summary = commands.add_parser(SUMMARIZE, help="judge summarize: of review files")
+    summary.add_argument("words", nargs="*", type=Path, metavar="REVIEW")
+    _add_compatible(summary)
     summary.add_argument("-d", "--dir", type=Path, help="folder of review files")
     summary.add_argument("-v", "--version", choices=("0613", "0314"), help="of the judge, by name")
     summary.add_argument("-s", "--select", nargs="*", default=[], help="parts of the name")
     summary.add_argument("-f", "--files", type=Path, nargs="*", default=[], help="review files")
     summary.add_argument("-i", "--ignore", nargs="*", default=[], help="question ids to leave out")
+
+
+def _add_compatible(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--compatible",
+        action="store_true",
+        help="as published: replies that cannot be read count as -1 (MM-Vet: 0), answers belong to "
+        "questions by position",
+    )
 
 
 def _add_server(server: argparse._ArgumentGroup) -> None:
