@@ -102,13 +102,14 @@ def test_what_no_retry_mends_ends_the_run(answer: Answer, advice: str, tmp_path:
 def test_the_key_is_written_nowhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def reply(body: dict, number: int) -> str | Answer:
         wrong = error(400, f"bad request by {KEY}")
-        return wrong if number_of(body) == 5 else "8 6"
+        return wrong if number_of(body) == 5 else f"8 6\nYou sent {KEY}."
 
     words = [*small_review(tmp_path), "--output", f"{tmp_path / 'made.jsonl'}", *QUICK]
     with stub_judge(reply) as stub:
         assert main([*words, "--base-url", f"{stub.url}?api-version=7"]) == 1
     assert set(stub.keys) == {f"Bearer {KEY}"}
     assert set(stub.paths) == {"/v1/chat/completions?api-version=7"}
+    assert "You sent ***." in (tmp_path / "made.jsonl").read_text("utf-8")
     out, err = capsys.readouterr()
     assert "bad request by ***" in err and KEY not in out + err
     files = [path for path in tmp_path.rglob("*") if path.is_file()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import email.utils
 import importlib
 import os
@@ -105,7 +106,9 @@ class Endpoint:
         self._key_variable = key_variable
         self._http = _library()
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
-        self._client = self._http.Client(headers=headers, timeout=timeout)
+        # A proxy that the environment names does not see this machine.
+        elsewhere = urlsplit(self.url).hostname not in ("localhost", "127.0.0.1", "::1")
+        self._client = self._http.Client(headers=headers, timeout=timeout, trust_env=elsewhere)
         self._ended = threading.Event()
         self._lock = threading.Lock()
         self._not_before = 0.0
@@ -174,7 +177,7 @@ class Endpoint:
             if reply is None:
                 text = self._clean(response.text[:200])
                 return _Trouble(f"the reply is no chat completion ({text!r})")
-            return reply
+            return dataclasses.replace(reply, text=self._hidden(reply.text))
         return self._refusal(response)
 
     def _refusal(self, response: Any) -> _Trouble:
@@ -194,9 +197,12 @@ class Endpoint:
         raise UserError(f"the judge at {self.shown} refuses: {reason}; {advice}")
 
     def _clean(self, text: str) -> str:
-        """Some servers repeat the key in their errors."""
-        text = text.replace(self._key, "***") if self._key else text
-        return " ".join(text.split())
+        """For messages of one line."""
+        return " ".join(self._hidden(text).split())
+
+    def _hidden(self, text: str) -> str:
+        """Some servers repeat the key."""
+        return text.replace(self._key, "***") if self._key else text
 
 
 def read_key(variable: str) -> str:
