@@ -6,6 +6,8 @@
     python -m llava_uhd.eval score RESULTS_DIR               scores saved answers again
     python -m llava_uhd.eval score --task TASK --data-root DIR --answers FILE --output OUT.json
                                                              scores a published answers file
+    python -m llava_uhd.eval compare DIR1 DIR2 ...           side by side, with significance
+    python -m llava_uhd.eval report RESULTS_DIR              tables and report.html again
     python -m llava_uhd.eval list                            tasks, and where their data come from
     python -m llava_uhd.eval check-data                      every expected file: here or missing
     python -m llava_uhd.eval submission --task TASK --answers FILE --output DIR
@@ -53,12 +55,14 @@ from llava_uhd.eval.commands import (
     score_published,
     submission_command,
 )
+from llava_uhd.eval.compare import add_compare_command, compare_command
 from llava_uhd.eval.generate import Answerer, Limits
 from llava_uhd.eval.judge.command import judge_command, summarize_command
 from llava_uhd.eval.judge.options import SUMMARIZE, add_judge_command, join_words
 from llava_uhd.eval.protocols import OWN, PROTOCOLS, processor_for
 from llava_uhd.eval.provenance import data_digest, model_digest, provenance
 from llava_uhd.eval.ranks import Ranks
+from llava_uhd.eval.report import add_report_command, report_command, write_report
 from llava_uhd.eval.results import RESULTS_NAME, TaskResult, write_results
 from llava_uhd.eval.runner import RUN_FILE, Job, make_limits, prepare, run_job, score_again
 from llava_uhd.eval.task import DATA_ROOT, Task
@@ -113,6 +117,8 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     listing = commands.add_parser("list", help="tasks and their data")
     listing.add_argument("--data-root", type=Path, help=f"default: {DATA_ROOT}")
     add_data_commands(commands)
+    add_compare_command(commands)
+    add_report_command(commands)
     add_judge_command(commands)
     return parser.parse_args(join_words(sys.argv[1:] if words is None else words))
 
@@ -129,6 +135,8 @@ def main(words: list[str] | None = None) -> int:
     known = {
         "list": list_tasks,
         "score": score_command,
+        "compare": compare_command,
+        "report": report_command,
         "check-data": check_data_command,
         "submission": submission_command,
         "check-submission": check_submission_command,
@@ -292,8 +300,10 @@ def _digest_of(path: str | None, what: str) -> str | None:
 def report(output: Path, title: str, names: list[str]) -> int:
     """Writes and shows the table; 1 if one of the named tasks has no score."""
     results = write_results(output, title)
+    page = write_report(output, title)
     show(results)
-    Console().print(f"{output / RESULTS_NAME}.md", highlight=False, soft_wrap=True)
+    for file in (output / f"{RESULTS_NAME}.md", page):
+        Console().print(f"{file}", markup=False, highlight=False, soft_wrap=True)
     return int(any(result.problem for result in results if result.task in names))
 
 

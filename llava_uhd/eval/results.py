@@ -16,7 +16,8 @@ from llava_uhd.checkpoint.compression import short_name
 from llava_uhd.errors import UserError
 from llava_uhd.eval.answers import Answer, write_json, write_lines
 from llava_uhd.eval.metrics import mean, standard_error
-from llava_uhd.eval.statistics import intervals
+from llava_uhd.eval.published_scores import Beside, beside
+from llava_uhd.eval.statistics import ends, intervals
 from llava_uhd.eval.task import Item, Scored, Task
 
 SCORES_FILE = "scores.json"
@@ -25,12 +26,13 @@ RESULTS_NAME = "results"
 
 
 class Row(NamedTuple):
-    """One score in a table: metric, value, standard error, number of items."""
+    """One score in a table: metric, value, standard error, number of items, 95 % interval."""
 
     metric: str
     value: float | None
     error: float | None
     items: int
+    ends: Sequence[float] | None = None
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,21 @@ class TaskResult:
     intervals: Mapping[str, Mapping[str, Sequence[float]]] = field(default_factory=dict)
 
     @property
+    def whole(self) -> bool:
+        """Whether there is a score of all items."""
+        return bool(self.scores) and self.items >= self.of
+
+    @property
+    def published(self) -> list[tuple[str, Beside]]:
+        """Metric and published number, of each that there is; none for a part of the items."""
+        return [
+            (name, each)
+            for name, value in self.scores.items()
+            if self.whole
+            for each in beside(self.task, name, value, self.settings)
+        ]
+
+    @property
     def note(self) -> str:
         """What a reader of the number has to know."""
         part = f"first {self.items} of {self.of} only: not comparable" * (self.items < self.of)
@@ -84,6 +101,7 @@ class TaskResult:
                 value,
                 self.error if name == self.metric else None,
                 self.counts.get(name, self.items),
+                ends(self.intervals.get(name, {})),
             )
             for name, value in self.scores.items()
         ] or [Row(self.metric, None, None, self.items)]
@@ -229,7 +247,16 @@ def write_results(output: Path, title: str) -> list[TaskResult]:
     results = collect(output)
     write_json(
         output / f"{RESULTS_NAME}.json",
-        {"model": title, "tasks": {result.task: asdict(result) for result in results}},
+        {
+            "model": title,
+            "tasks": {
+                result.task: {
+                    **asdict(result),
+                    "published": [{"metric": m, **asdict(each)} for m, each in result.published],
+                }
+                for result in results
+            },
+        },
     )
     (output / f"{RESULTS_NAME}.md").write_text(markdown(results, title), "utf-8")
     (output / f"{RESULTS_NAME}.csv").write_text(as_csv(results), "utf-8")
@@ -245,14 +272,15 @@ def protocol(result: TaskResult) -> str:
 def markdown(results: Sequence[TaskResult], title: str) -> str:
     """Table of all tasks, then the breakdowns."""
     lines = [f"# {_cell(title)}", ""]
-    lines += _table(
-        ["task", "metric", "score", "± s.e.", "items", "protocol", "note"],
+    lines += table_lines(
+        ["task", "metric", "score", "± s.e.", "95 %", "items", "protocol", "note"],
         [
             [
                 result.title,
                 row.metric + " (main)" * (row.metric == result.metric and len(result.scores) > 1),
                 "-" if row.value is None else f"{row.value:.4g}",
                 "" if row.error is None else f"{row.error:.2g}",
+                between(row.ends),
                 row.items,
                 protocol(result),
                 result.note,
@@ -261,6 +289,7 @@ def markdown(results: Sequence[TaskResult], title: str) -> str:
             for row in result.rows
         ],
     )
+    lines += _published_lines(results)
     for result in results:
         for group, values in result.breakdown.items():
             names = dict.fromkeys(name for scores in values.values() for name in scores)
@@ -269,11 +298,38 @@ def markdown(results: Sequence[TaskResult], title: str) -> str:
                 [value, *(f"{scores[name]:.4g}" if name in scores else "" for name in names)]
                 for value, scores in values.items()
             ]
-            lines += _table([group, *names], rows)
+            lines += table_lines([group, *names], rows)
     return "\n".join(lines) + "\n"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
+def between(ends: Sequence[float] | None) -> str:
+    """An interval in words; empty without one."""
+    return "" if ends is None else f"{ends[0]:.4g} to {ends[1]:.4g}"
+
+
+def _published_lines(results: Sequence[TaskResult]) -> list[str]:
+    rows = [
+        [
+            result.title,
+            metric,
+            f"{result.scores[metric]:.4g}",
+            f"{each.published:g}",
+            f"{each.difference:+.4g}",
+            each.system,
+            each.source,
+            each.remark,
+        ]
+        for result in results
+        for metric, each in result.published
+    ]
+    if not rows:
+        return []
+    head = ["task", "metric", "ours", "published", "difference", "system", "source", "comparable?"]
+    return ["", "## Beside published numbers", "", *table_lines(head, rows)]
+
+
+def table_lines(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
+    """A Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return ["| " + " | ".join(_cell(str(cell)) for cell in line) + " |" for line in lines]
 
@@ -286,11 +342,19 @@ def as_csv(results: Sequence[TaskResult]) -> str:
     """One line per task and metric."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["task", "metric", "main", "score", "error", "items", "of", "protocol", "note"])
+    systems = dict.fromkeys(each.system for r in results for _, each in r.published)
+    head = "task metric main score error low high items of protocol note".split()
+    writer.writerow([*head, *(f"published {name}" for name in systems)])
     for result in results:
         for row in result.rows:
-            numbers = ["" if number is None else repr(number) for number in (row.value, row.error)]
+            low, high = row.ends or (None, None)
+            known = (row.value, row.error, low, high)
+            numbers = ["" if number is None else repr(number) for number in known]
             about = [row.items, result.of, protocol(result), result.note]
             main = int(row.metric == result.metric)
-            writer.writerow([result.task, row.metric, main, *numbers, *about])
+            beside_it = {
+                e.system: e.published for name, e in result.published if name == row.metric
+            }
+            columns = [beside_it.get(name, "") for name in systems]
+            writer.writerow([result.task, row.metric, main, *numbers, *about, *columns])
     return buffer.getvalue()
