@@ -69,6 +69,8 @@ def run_on_two(workplace: Path, *words: str) -> str:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 0, errors[-3000:]
+    # Warnings of libraries at each call would bury what the run says.
+    assert errors.count("FutureWarning") < 10, errors[:3000]
     return printed
 
 

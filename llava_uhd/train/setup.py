@@ -56,6 +56,9 @@ def deepspeed_config(recipe: Recipe) -> Path | None:
         raise UserError(f"deepspeed configuration {path} does not exist")
     if not torch.cuda.is_available():
         _use_gloo()
+    # DeepSpeed calls them by their old names, each of which warns at each call.
+    old_names = r"`torch\.distributed\.\w+` is deprecated"
+    warnings.filterwarnings("ignore", old_names, FutureWarning)
     return path
 
 
