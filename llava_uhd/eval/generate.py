@@ -8,19 +8,21 @@ from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from os import PathLike
+from typing import Any, Protocol
 
 from PIL import Image
 from transformers import BatchFeature
 
 from llava_uhd.errors import UserError
 from llava_uhd.eval.answers import Answer
-from llava_uhd.eval.task import Item, Task
+from llava_uhd.eval.task import Item
 from llava_uhd.images.pixels import ImageSource
 from llava_uhd.images.stored import StoredFile
 from llava_uhd.images.video import VideoSource, frame_size, num_frames
 from llava_uhd.model.modeling import LlavaUHDForConditionalGeneration
 from llava_uhd.text.processor import LlavaUHDProcessor
 from llava_uhd.text.prompting import StopOnText, cut_at_stop, extra_stops, prompt_text
+from llava_uhd.text.templates import Turn
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +73,14 @@ class _Batch:
     failures: list[Failure]
 
 
+class Prompts(Protocol):
+    """Writes the prompts of items: a `Task`, or an adapter of another harness."""
+
+    def turns(self, item: Item) -> list[Turn]:
+        """The conversation that is sent."""
+        ...
+
+
 class Answerer:
     """Answers the items of a task with a model.
 
@@ -85,7 +95,7 @@ class Answerer:
         self,
         model: LlavaUHDForConditionalGeneration,
         processor: LlavaUHDProcessor,
-        task: Task,
+        task: Prompts,
         limits: Limits,
     ) -> None:
         self.model = model
@@ -113,18 +123,23 @@ class Answerer:
     def run(self, items: Sequence[Item]) -> Iterator[Outcome]:
         """Answers items in batches, in the order given.
 
-        The next batch is read and sliced while the model works on this one.
+        The next batch is read and sliced while the model works on this one: only then are its
+        items taken out of the sequence, which may make them at that moment.
         """
         size = self.limits.batch_size
-        batches = [list(items[start : start + size]) for start in range(0, len(items), size)]
-        if not batches:
+        starts = range(0, len(items), size)
+        if not starts:
             return
+
+        def read(start: int) -> _Batch:
+            return self._encode(list(items[start : start + size]))
+
         with ThreadPoolExecutor(max_workers=1) as reader:
-            ready = reader.submit(self._encode, batches[0])
-            for following in [*batches[1:], None]:
+            ready = reader.submit(read, starts[0])
+            for following in [*starts[1:], None]:
                 batch = ready.result()
                 if following is not None:
-                    ready = reader.submit(self._encode, following)
+                    ready = reader.submit(read, following)
                 yield self._answer(batch)
 
     def _prompt(self, item: Item) -> str:
@@ -182,6 +197,14 @@ class Answerer:
             failures += alone.failures
         return Outcome(answers, failures, time.perf_counter() - start)
 
+    def decoding(self) -> dict[str, Any]:
+        """Options of the library's ``generate``."""
+        return {
+            "do_sample": False,
+            "num_beams": self.limits.beams,
+            "max_new_tokens": self.limits.max_new_tokens,
+        }
+
     def _generate(
         self, items: Sequence[Item], prompts: Sequence[str], inputs: BatchFeature
     ) -> list[Answer]:
@@ -189,11 +212,7 @@ class Answerer:
         width = inputs["input_ids"].shape[1]
         stopping = [StopOnText(tokenizer, self.stops, width)] if self.stops else None
         rows = self.model.generate(
-            **inputs.to(self.model.device),
-            do_sample=False,
-            num_beams=self.limits.beams,
-            max_new_tokens=self.limits.max_new_tokens,
-            stopping_criteria=stopping,
+            **inputs.to(self.model.device), **self.decoding(), stopping_criteria=stopping
         )[:, width:].cpu()
         texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
         lengths = inputs["attention_mask"].sum(1).tolist()
