@@ -15,10 +15,12 @@ from fixtures_results import HOSTILE, make_results, make_rows, put_problem, put_
 from llava_uhd.errors import UserError
 from llava_uhd.eval import report_items
 from llava_uhd.eval.__main__ import main
+from llava_uhd.eval.protocols import PROTOCOLS
 from llava_uhd.eval.report import radar_of, write_report
 from llava_uhd.eval.report_charts import Bar, Shape, bar_chart, cut, full_length, radar
 from llava_uhd.eval.report_items import Album, choose
 from llava_uhd.eval.results import collect, write_results
+from llava_uhd.eval.tasks import TASKS
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 SHARES = {"gqa": 0.62, "textvqa": 0.57, "scienceqa": 0.7, "pope": 0.84}
@@ -228,3 +230,18 @@ def test_bars() -> None:
 def test_nothing_to_report(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no results"):
         main(["report", str(tmp_path)])
+
+
+def test_documentation_lists_the_tasks() -> None:
+    text = (Path(__file__).parents[1] / "docs/evaluation.md").read_text("utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| (.+?) \| `(.+?)` \| `(.+?)` \| (.+?) \|$", text, re.M)
+    assert [row[0] for row in rows] == TASKS.names()
+    for name, title, folder, metric, scored_by in rows:
+        task = TASKS.get(name)
+        assert (title, folder, metric) == (task.title, task.folder, task.main_metric)
+        assert task.local == (scored_by == "here")
+    assert re.findall(r"^\| `(\w+)` \| [^|]+ \|$", text, re.M) == sorted(
+        PROTOCOLS.names(), key=["ours", "llava", "llavolta", "uhd_v1", "uhd_v2"].index
+    )
+    assert f"most {report_items.SHOWN} items" in text.replace("\n ", "")
+    assert f"{report_items.MOST_PICTURES} pictures or {report_items.MOST_BYTES // 10**6} MB" in text
