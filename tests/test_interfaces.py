@@ -204,3 +204,19 @@ def test_output_files(tmp_path: Path) -> None:
     # Logs of single processes are joined into one file; there is no file of failures without one.
     found = {name for name in found if not name.startswith("log.rank")}
     assert found == documented - {"failures.jsonl", "submission/"}
+
+
+@pytest.mark.parametrize(
+    "page",
+    ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))],
+)
+def test_links_between_pages_lead_somewhere(page: str) -> None:
+    """Files and headings."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for target, heading in re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)", text):
+        path = (ROOT / page).parent / target if target else ROOT / page
+        assert path.exists(), target
+        if heading:
+            lines = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+            names = [re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in lines]
+            assert heading in names, f"{target}#{heading}"

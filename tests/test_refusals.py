@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import TrainingArguments
 
 from llava_uhd.checkpoint.assemble import assemble
 from llava_uhd.checkpoint.load import load_pretrained
@@ -30,6 +31,7 @@ from llava_uhd.errors import UserError
 from llava_uhd.images.pixels import open_image
 from llava_uhd.images.strategies import plan_image
 from llava_uhd.projectors import build_projector
+from llava_uhd.train.optimizers import make_schedule
 
 
 @pytest.mark.parametrize(
@@ -101,6 +103,18 @@ def test_values_that_the_library_misreads(
             TrainerConfig(arguments={key: value})
     for value in right:
         assert TrainerConfig(arguments={key: value}).arguments[key] == value
+
+
+@pytest.mark.parametrize(("warmup", "told"), [(8, True), (7, False), (0.5, False)])
+def test_a_warm_up_longer_than_the_run_is_told(
+    warmup: float, told: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    arguments = TrainingArguments(
+        str(tmp_path), use_cpu=True, warmup_steps=warmup, lr_scheduler_type="cosine"
+    )
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    make_schedule(arguments, optimizer, 8)
+    assert ("8 steps of warm-up in a run of 8" in caplog.text) is told
 
 
 def test_where_a_run_goes_on_is_its_output_folder() -> None:

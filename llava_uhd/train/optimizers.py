@@ -288,6 +288,12 @@ def make_schedule(
     name = _schedule_name(arguments)
     options, warmup = schedule_options(arguments, steps), arguments.get_warmup_steps(steps)
     total: int | None = steps
+    if warmup >= steps > 0 and name.value != "constant":
+        logger.warning(
+            "trainer.warmup_steps: %d steps of warm-up in a run of %d: the rate never reaches "
+            "trainer.learning_rate",
+            *(warmup, steps),
+        )
     if name.value == WSD:
         decay, stable = options["num_decay_steps"], options.get("num_stable_steps")
         level = steps - warmup - decay if stable is None else stable
