@@ -11,6 +11,7 @@ from fixtures_tiny import picture
 
 from llava_uhd.eval.answers import SETTINGS_FILE, settings_hash, write_json
 from llava_uhd.eval.metrics import mean_of_each, percent_of_each
+from llava_uhd.eval.protocols import PROTOCOLS
 from llava_uhd.eval.results import TaskResult, write_results, write_task
 from llava_uhd.eval.statistics import intervals
 from llava_uhd.eval.tasks import TASKS
@@ -118,8 +119,9 @@ def make_rows(name: str, count: int, share: float, seed: int, images: Path) -> l
 def make_results(output: Path, shares: Mapping[str, float], count: int = 60, seed: int = 0) -> Path:
     """A whole results folder: task -> share of right answers."""
     for number, (name, share) in enumerate(shares.items()):
+        rows = make_rows(name, count, share, seed + number, output.parent / "images")
         put_task(
-            output, name, make_rows(name, count, share, seed + number, output.parent / "images")
+            output, name, rows, max_new_tokens=PROTOCOLS.get("llava").measure(name).max_new_tokens
         )
     write_results(output, "tiny")
     return output

@@ -94,6 +94,17 @@ def test_failed_tasks_are_seen(folders: list[Path], capsys: pytest.CaptureFixtur
     assert "no answer" in capsys.readouterr().out.replace("\n", " ")
 
 
+def test_tasks_of_servers_are_no_failure(folders: list[Path]) -> None:
+    for folder in folders[:2]:
+        put_problem(folder, "vizwiz")
+        scores = json.loads((folder / "vizwiz/scores.json").read_text())
+        scores |= {"problem": "", "remark": "upload it"}
+        write_json(folder / "vizwiz/scores.json", scores)
+    assert main(["compare", *map(str, folders[:2])]) == 0
+    (line,) = compare(read_results(folders[:2]), ["vizwiz"])
+    assert line.note == "old: upload it; new: upload it" and line.values == [None, None]
+
+
 def test_copies_are_one_question(tmp_path: Path) -> None:
     for name, values in (("a", FIRST), ("b", SECOND)):
         put_task(tmp_path / name, "mmbench", rows(values, "copy", [n // 2 for n in range(10)]))

@@ -165,16 +165,21 @@ def test_published_numbers_belong_to_scores_of_ours() -> None:
 def test_beside() -> None:
     settings = {"protocol": "llava", "beams": 1, "max_new_tokens": 128}
     rows = {
-        each.system: each for each in published_scores.beside("gqa", "accuracy", 62.5, settings)
+        each.system: each
+        for each in published_scores.beside("gqa", "accuracy", 62.5, settings, 12578)
     }
     assert rows["LLaVA-1.5 7B"].difference == 0.5 and rows["LLaVA-1.5 7B"].remark == ""
     assert rows["LLaVA-UHD v2 Qwen2-7B"].remark == "measured as llava, published as uhd_v2"
-    beams = published_scores.beside("gqa", "accuracy", 62.5, {**settings, "beams": 3})
+    beams = published_scores.beside("gqa", "accuracy", 62.5, {**settings, "beams": 3}, 12578)
     assert beams[0].remark == "beams 3 instead of 1"
+    part = published_scores.beside("gqa", "accuracy", 62.5, settings, 60)
+    assert part[0].remark == "60 questions instead of 12578"
     (tenth,) = [
         each
-        for each in published_scores.beside("ocrbench", "final_score", 540, {"protocol": "uhd_v2"})
+        for each in published_scores.beside(
+            "ocrbench", "final_score", 540, {"protocol": "uhd_v2"}, 1000
+        )
         if each.system == "LLaVA-UHD v2 Vicuna-7B"
     ]
     assert (tenth.published, tenth.difference) == (539, 1)
-    assert published_scores.beside("synthetic", "sign_exact", 0.5, settings) == []
+    assert published_scores.beside("synthetic", "sign_exact", 0.5, settings, 9) == []

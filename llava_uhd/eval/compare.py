@@ -337,7 +337,7 @@ def _table(found: Sequence[Results], lines: Sequence[Line]) -> Table:
 
 
 def compare_command(options: argparse.Namespace) -> int:
-    """``compare``; 1 if a task has no score in one of the folders."""
+    """``compare``; 1 if a task failed in one of the folders."""
     found = read_results(options.folders)
     words = [name.strip() for name in (options.tasks or "").split(",") if name.strip()]
     names = [name if name in TASKS.names() else find_task(name).name for name in words]
@@ -353,4 +353,4 @@ def compare_command(options: argparse.Namespace) -> int:
             file = options.output / f"{COMPARE_NAME}.{ending}"
             file.write_text(text, "utf-8")
             console.print(f"{file}", markup=False, highlight=False, soft_wrap=True)
-    return int(any(None in line.values for line in lines if line.main))
+    return int(any(each.tasks[line.task].problem for line in lines for each in found))

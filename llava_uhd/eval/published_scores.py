@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from llava_uhd.eval.protocols import PROTOCOLS
+from llava_uhd.eval.task import TASKS
 
 HARNESS = "lmms-eval"
 
@@ -177,7 +178,9 @@ def _systems() -> dict[str, System]:
 SYSTEMS = _systems()
 
 
-def beside(task: str, metric: str, value: float, settings: Mapping[str, Any]) -> list[Beside]:
+def beside(
+    task: str, metric: str, value: float, settings: Mapping[str, Any], items: int
+) -> list[Beside]:
     """The published numbers of a score.
 
     Args:
@@ -185,14 +188,17 @@ def beside(task: str, metric: str, value: float, settings: Mapping[str, Any]) ->
         metric: of the score.
         value: our score, of the whole task.
         settings: of our run.
+        items: questions of our task.
     """
+    size = TASKS.get(task).published_size if task in TASKS.names() else None
+    other = "" if size in (None, items) else f"{items} questions instead of {size}"
     rows = []
     for system in SYSTEMS.values():
         if (task, metric) not in system.numbers:
             continue
         column, number = system.numbers[task, metric]
         published = round(number / column.factor, 6)
-        remarks = [column.remark, _otherwise(system, task, settings)]
+        remarks = [column.remark, _otherwise(system, task, settings), other]
         remark = "; ".join(filter(None, remarks))
         difference = round(value - published, 6)
         rows.append(Beside(system.name, system.source, published, difference, remark))

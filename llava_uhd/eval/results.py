@@ -81,7 +81,7 @@ class TaskResult:
             (name, each)
             for name, value in self.scores.items()
             if self.whole
-            for each in beside(self.task, name, value, self.settings)
+            for each in beside(self.task, name, value, self.settings, self.of)
         ]
 
     @property
