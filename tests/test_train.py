@@ -63,7 +63,8 @@ def test_a_finished_run_says_so(train: Train, capsys: pytest.CaptureFixture[str]
     words = ("debug/pretrain", "out/finished", "--trainer.max_steps", "1")
     folder = train(*words)
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
-    capsys.readouterr()
+    said = capsys.readouterr().out
+    assert "computing in float32; attention sdpa; gradient checkpointing" in said
     train(*words)
     assert "out/finished is finished: nothing to do" in capsys.readouterr().out
     assert before == {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}

@@ -34,7 +34,13 @@ from llava_uhd.train.preflight import preflight
 from llava_uhd.train.preview import preview
 from llava_uhd.train.record_callbacks import add_records
 from llava_uhd.train.report import write_report
-from llava_uhd.train.setup import deepspeed_config, training_arguments, weight_dtype, world_size
+from llava_uhd.train.setup import (
+    computing,
+    deepspeed_config,
+    training_arguments,
+    weight_dtype,
+    world_size,
+)
 from llava_uhd.train.sharding import built_whole
 from llava_uhd.train.stages import apply_stage, part_reports
 from llava_uhd.train.start import console, is_first_rank, parse, part_ways, say
@@ -187,6 +193,7 @@ def build_trainer(
         # A logger that is not installed, an evaluation without data, ...
         raise UserError(f"trainer: {' '.join(str(error).split())}") from error
     add_records(trainer, folder)
+    say(computing(arguments, trainer.model.get_decoder().config._attn_implementation))
     return trainer
 
 

@@ -132,3 +132,18 @@ def training_arguments(
             return TrainingArguments(**{k: v for k, v in values.items() if v is not None})
     except (ValueError, TypeError) as error:
         raise UserError(f"trainer: {error}") from error
+
+
+def computing(arguments: TrainingArguments, attention: str) -> str:
+    """How a run computes, in a line.
+
+    Args:
+        arguments: of the run.
+        attention: backend of the language model.
+
+    Example: ``"computing in bfloat16, tf32 products; attention sdpa; gradient checkpointing"``.
+    """
+    numbers = "bfloat16" if arguments.bf16 else "float16" if arguments.fp16 else "float32"
+    tf32 = torch.cuda.is_available() and torch.backends.cuda.matmul.allow_tf32
+    line = f"computing in {numbers}{', tf32 products' if tf32 else ''}; attention {attention}"
+    return f"{line}; {'' if arguments.gradient_checkpointing else 'no '}gradient checkpointing"
