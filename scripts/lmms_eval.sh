@@ -16,6 +16,9 @@ shift
 use_python
 NPROC=$(processes)
 export NPROC
-PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
-export PYTHONPATH
+# Only where it is not installed: the path would hide the entry point of an installed one.
+if ! "$python" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("llava_uhd") is None)'; then
+    PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+    export PYTHONPATH
+fi
 exec "$python" -m llava_uhd.eval.adapters.lmms_run "$checkpoint" "$@"

@@ -43,7 +43,7 @@ WORDS = ("--model_args", "conv_template=qwen_1_5,model_name=llava_qwen", "--limi
 def check_dry_run(printed: str, name: str, checkpoint: Path) -> None:
     model = f"pretrained={checkpoint},conv_template=qwen_1_5,model_name=llava_qwen"
     assert f"--model llava_uhd --model_args {model} --tasks {LISTS[name]} " in printed
-    assert "accelerate.commands.launch --num_processes 2 -m lmms_eval" in printed
+    assert "torch.distributed.run --standalone --nproc_per_node 2 -m lmms_eval" in printed
     assert printed.endswith(f"--output_path {checkpoint}/eval-lmms-{name} --limit 2\n")
 
 

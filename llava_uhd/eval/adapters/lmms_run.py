@@ -85,7 +85,8 @@ def make_command(
         raise UserError(f"NPROC={count} is not a number of processes")
     start = ["-m", "lmms_eval"]
     if int(count) > 1:
-        start = ["-m", "accelerate.commands.launch", "--num_processes", count, *start]
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", count]
+        start = [*launcher, *start]
     model_args = ",".join(filter(None, [f"pretrained={checkpoint}", options.model_args]))
     return [
         *(sys.executable, *start),
