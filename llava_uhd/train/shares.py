@@ -133,11 +133,12 @@ def save_shares(model: nn.Module, optimizer: Any, checkpoint: Path) -> None:
 def _read(state: State, checkpoint: Path) -> None:
     """Fills tensors with what the folder holds under their names."""
     from torch.distributed import is_available, is_initialized
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.state_dict_loader import load
 
+    from llava_uhd.train.share_reader import ShareReader
+
     alone = not (is_available() and is_initialized())
-    reader = FileSystemReader(checkpoint / FOLDER)
+    reader = ShareReader(checkpoint / FOLDER)
     with _one_error(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # it is so on purpose
         load(state, storage_reader=reader, no_dist=alone)
@@ -145,9 +146,9 @@ def _read(state: State, checkpoint: Path) -> None:
 
 def entries(checkpoint: Path) -> Mapping[str, Any]:
     """Name -> description of everything in the folder."""
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from llava_uhd.train.share_reader import ShareReader
 
-    return FileSystemReader(checkpoint / FOLDER).read_metadata().state_dict_metadata
+    return ShareReader(checkpoint / FOLDER).read_metadata().state_dict_metadata
 
 
 def _lay_into(target: torch.Tensor, full: torch.Tensor) -> None:
