@@ -71,7 +71,7 @@ class ShareReader(FileSystemReader):
             raise UserError(
                 f"{self.index} is no index of a checkpoint: go on from an earlier checkpoint"
             )
-        if getattr(metadata, "storage_meta", None) is None:
-            metadata.storage_meta = StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
+        storage = metadata.storage_meta or StorageMeta()
+        storage.load_id = self.load_id
+        metadata.storage_meta = storage
         return metadata
