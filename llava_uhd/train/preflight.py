@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ from llava_uhd.train.compression import RunLength
 from llava_uhd.train.counting import Facts
 from llava_uhd.train.flops import TrainingFlops, device_peak
 from llava_uhd.train.fsdp import fsdp_plan
+from llava_uhd.train.kept import projector_bytes
 from llava_uhd.train.memory import (
     Batch,
     Memory,
@@ -35,6 +37,8 @@ from llava_uhd.train.memory import (
 )
 from llava_uhd.train.setup import world_size
 from llava_uhd.train.start import console, is_first_rank, say
+
+logger = logging.getLogger(__name__)
 
 # Part of the peak that estimates of time assume. Published LLaVA-1.5 runs reach 0.20 to 0.37.
 ASSUMED_MFU = 0.3
@@ -183,11 +187,16 @@ def look_ahead(
     dtype = torch.bfloat16 if half else torch.float32
     checkpointing, form = bool(arguments.gradient_checkpointing), recipe.trainer.loss
     active = batch_memory(model.config, batch, learning, dtype, checkpointing, form)
+    projector = _projector_bytes(model, batch, dtype) if learning.get("projector") else 0.0
     kept = arguments.save_total_limit or max(length.steps // max(int(arguments.save_steps), 1), 1)
     saves = 0 if str(getattr(arguments.save_strategy, "value", "steps")) == "no" else kept + 1
     return Outlook(
         memory=Memory(
-            state.weights, state.gradients, state.optimizer, active.activations, active.logits
+            state.weights,
+            state.gradients,
+            state.optimizer,
+            active.activations + projector,
+            active.logits,
         ),
         length=length,
         tokens=sum(facts.tokens for facts in samples) / len(samples),
@@ -198,6 +207,18 @@ def look_ahead(
         checkpoints=saves,
         result=model_bytes(model, whole),
     )
+
+
+def _projector_bytes(
+    model: LlavaUHDForConditionalGeneration, batch: Batch, dtype: torch.dtype
+) -> float:
+    width, patch = model.config.vision_config.hidden_size, model.config.image.patch_size
+    try:
+        return projector_bytes(model.projector, width, patch, batch.grids, dtype.itemsize)
+    except (RuntimeError, NotImplementedError) as error:
+        # A dtype that the host cannot compute in, say: the run itself may.
+        logger.info("what the projector keeps is not in the estimate: %s", error)
+        return 0.0
 
 
 def _flops(

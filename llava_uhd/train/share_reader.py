@@ -30,6 +30,10 @@ _KNOWN = {
 _PATHS = {"Path", "PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"}
 
 
+class ForeignError(ValueError):
+    """An index names what does not belong there."""
+
+
 class IndexUnpickler(pickle.Unpickler):
     """Knows what torch writes into an index, and nothing else."""
 
@@ -40,7 +44,7 @@ class IndexUnpickler(pickle.Unpickler):
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if is_dtype or name in _KNOWN.get(module, ()):
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which no index of tensors holds")
+        raise ForeignError(f"it names {module}.{name}, which no index of tensors holds")
 
 
 class ShareReader(FileSystemReader):
