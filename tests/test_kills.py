@@ -245,10 +245,13 @@ def test_other_engines_and_batches_are_refused(tmp_path: Path) -> None:
         fitting(trainer(2), folder)
     sharded = trainer(4)
     sharded.is_fsdp_enabled = True
+    assert fitting(sharded, folder) == folder  # FSDP reads what was written without it
+    zero = trainer(4)
+    zero.is_deepspeed_enabled = True
     with pytest.raises(
-        UserError, match=r"written without .* on 4 processes, this run is with FSDP"
+        UserError, match=r"written without .* on 4 processes, this run is with DeepSpeed"
     ):
-        fitting(sharded, folder)
+        fitting(zero, folder)
 
 
 @pytest.mark.slow
