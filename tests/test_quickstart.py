@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from fixtures_runs import FROM_NOTHING, run_here
 
+from llava_uhd.checkpoint.shapes import describe_recipe
 from llava_uhd.config.recipe import load_recipe
 from llava_uhd.config.vdim import load_vdim_recipe
 from llava_uhd.errors import UserError
@@ -51,6 +52,7 @@ def test_steps_are_commands_that_exist(name: str) -> None:
     module, recipe, *words = quickstart.train_command(run, system.pretrain, run.pretrained)
     assert module == "llava_uhd.train"
     resolved = load_recipe(recipe, words)
+    assert describe_recipe(resolved).text_config.num_hidden_layers == {"llavolta": 4}.get(name, 2)
     assert resolved.trainer.arguments["seed"] == 3
     assert resolved.trainer.arguments["max_steps"] == 6
     assert resolved.output_dir == str(run.pretrained)

@@ -28,7 +28,10 @@ console = Console(highlight=False)
 METRICS = {"sign_exact": "sign exact", "digit_accuracy": "digits", "mark_exact": "mark exact"}
 
 # What --short changes: every step runs, nothing is learned.
-SHORT = ["--trainer.max_steps", "6", "--trainer.save_steps", "3", "--trainer.logging_steps", "1"]
+SHORT = [
+    *("--trainer.max_steps", "6", "--trainer.warmup_steps", "1"),
+    *("--trainer.save_steps", "3", "--trainer.logging_steps", "1"),
+]
 
 
 @dataclass
