@@ -15,8 +15,9 @@ from PIL import Image
 
 from llava_uhd.errors import UserError
 from llava_uhd.eval import metrics
-from llava_uhd.eval.__main__ import choose_tasks, main
+from llava_uhd.eval.__main__ import main
 from llava_uhd.eval.answers import Answer, AnswerLog, check_settings, read_answers, write_json
+from llava_uhd.eval.choose import choose_tasks
 from llava_uhd.eval.generate import Answerer, Limits, count_new
 from llava_uhd.eval.provenance import data_digest, model_digest
 from llava_uhd.eval.ranks import Ranks
@@ -276,11 +277,18 @@ def test_failing_item_gives_no_score(
     assert not (out / "synthetic/failures.jsonl").exists()
 
 
-def test_choosing_tasks(questions: Path, tmp_path: Path) -> None:
+def test_choosing_tasks(
+    questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from rich.console import Console
 
     console = Console(stderr=True)
     assert [task.name for task in choose_tasks(None, questions, console)] == ["synthetic"]
+    told = capsys.readouterr().err  # one line names all others, and the command that says more
+    count = len(TASKS.names())
+    assert told.count("\n") == 1 and told.startswith(f"{count - 1} of {count} tasks are left out")
+    assert all(name in told for name in TASKS.names() if name != "synthetic")
+    assert f"python -m llava_uhd.eval check-data --data-root {questions}" in told
     with pytest.raises(UserError, match="did you mean 'synthetic'"):
         choose_tasks("synthetik", questions, console)
     for names in (None, "synthetic"):
@@ -288,6 +296,7 @@ def test_choosing_tasks(questions: Path, tmp_path: Path) -> None:
             choose_tasks(names, tmp_path, console)
         assert f"{tmp_path}/synthetic/eval.jsonl" in str(caught.value)
         assert "python -m llava_uhd.data.synthetic" in str(caught.value)
+        assert len(str(caught.value)) < 1000
     with pytest.raises(UserError, match="names no task"):
         choose_tasks(" , ", questions, console)
 

@@ -48,6 +48,7 @@ from llava_uhd.checkpoint.sources import find_checkpoint, resolve_folder
 from llava_uhd.checkpoint.weights import read_json
 from llava_uhd.errors import UserError, command
 from llava_uhd.eval.answers import SETTINGS_FILE
+from llava_uhd.eval.choose import choose_tasks
 from llava_uhd.eval.commands import (
     add_data_commands,
     check_data_command,
@@ -66,7 +67,7 @@ from llava_uhd.eval.report import add_report_command, report_command, write_repo
 from llava_uhd.eval.results import RESULTS_NAME, TaskResult, write_results
 from llava_uhd.eval.runner import RUN_FILE, Job, make_limits, prepare, run_job, score_again
 from llava_uhd.eval.task import DATA_ROOT, Task
-from llava_uhd.eval.tasks import TASKS, find_task
+from llava_uhd.eval.tasks import TASKS
 from llava_uhd.model.devices import choose_device, choose_dtype
 
 
@@ -144,41 +145,6 @@ def main(words: list[str] | None = None) -> int:
         SUMMARIZE: summarize_command,
     }
     return known.get(options.command, run_command)(options)
-
-
-def choose_tasks(names: str | None, data_root: Path | None, console: Console) -> list[Task]:
-    """Tasks by name, or all whose data are present (the others are reported).
-
-    Raises:
-        UserError: unknown task, or its data are missing, or none has data.
-    """
-    if names is not None:
-        chosen = [name.strip() for name in names.split(",") if name.strip()]
-        if not chosen:
-            raise UserError(f"--tasks '{names}' names no task (known: {', '.join(TASKS.names())})")
-        tasks = list(dict.fromkeys(find_task(name) for name in chosen))
-        for task in tasks:
-            task.provide(task.root(data_root))
-        missing = [task.missing(task.root(data_root)) for task in tasks]
-        if any(missing):
-            raise UserError("; ".join(filter(None, missing)))
-        return tasks
-    messages = {
-        name: TASKS.get(name).missing(TASKS.get(name).root(data_root)) for name in TASKS.names()
-    }
-    absent = [message for message in messages.values() if message]
-    present = []
-    for name in [name for name, message in messages.items() if message is None]:
-        whole = TASKS.get(name).part_of
-        if whole is not None and messages[whole] is None:
-            absent.append(f"{name} asks what {whole} asks: --tasks can name it")
-        else:
-            present.append(TASKS.get(name))
-    if not present:
-        raise UserError("no task has its data here: " + "; ".join(absent))
-    for message in absent:
-        console.print(f"left out: {message}", markup=False, highlight=False, soft_wrap=True)
-    return present
 
 
 def run_command(options: argparse.Namespace) -> int:
