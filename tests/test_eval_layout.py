@@ -14,8 +14,8 @@ from rich.console import Console
 
 from llava_uhd.errors import UserError
 from llava_uhd.eval.__main__ import main
-from llava_uhd.eval.choose import choose_tasks
 from llava_uhd.eval.check_data import check_data
+from llava_uhd.eval.choose import choose_tasks
 from llava_uhd.eval.tasks import TASKS
 
 

@@ -8,6 +8,8 @@
                                                              scores a published answers file
     python -m llava_uhd.eval compare DIR1 DIR2 ...           side by side, with significance
     python -m llava_uhd.eval report RESULTS_DIR              tables and report.html again
+    python -m llava_uhd.eval answer CHECKPOINT --question-file Q.jsonl --image-folder DIR
+        --answers-file A.jsonl                               any questions in the published layout
     python -m llava_uhd.eval list                            tasks, and where their data come from
     python -m llava_uhd.eval check-data                      every expected file: here or missing
     python -m llava_uhd.eval submission --task TASK --answers FILE --output DIR
@@ -26,27 +28,19 @@ import argparse
 import logging
 import sys
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
-from llava_uhd.checkpoint.compression import (
-    active_settings,
-    add_options,
-    compress_model,
-    folder_name,
-    num_layers,
-    read_options,
-)
-from llava_uhd.checkpoint.load import load_pretrained, parse_dtype
-from llava_uhd.checkpoint.sources import find_checkpoint, resolve_folder
+from llava_uhd.checkpoint.compression import read_options
 from llava_uhd.checkpoint.weights import read_json
 from llava_uhd.errors import UserError, command
+from llava_uhd.eval.answer_file import add_answer_command, answer_command
 from llava_uhd.eval.answers import SETTINGS_FILE
 from llava_uhd.eval.choose import choose_tasks
 from llava_uhd.eval.commands import (
@@ -61,14 +55,14 @@ from llava_uhd.eval.generate import Answerer, Limits
 from llava_uhd.eval.judge.command import judge_command, summarize_command
 from llava_uhd.eval.judge.options import SUMMARIZE, add_judge_command, join_words
 from llava_uhd.eval.protocols import OWN, PROTOCOLS, processor_for
-from llava_uhd.eval.provenance import data_digest, model_digest, provenance
+from llava_uhd.eval.provenance import data_digest
 from llava_uhd.eval.ranks import Ranks
 from llava_uhd.eval.report import add_report_command, report_command, write_report
 from llava_uhd.eval.results import RESULTS_NAME, TaskResult, write_results
 from llava_uhd.eval.runner import RUN_FILE, Job, make_limits, prepare, run_job, score_again
+from llava_uhd.eval.subject import add_model_options, load_subject
 from llava_uhd.eval.task import DATA_ROOT, Task
 from llava_uhd.eval.tasks import TASKS
-from llava_uhd.model.devices import choose_device, choose_dtype
 
 
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
@@ -80,7 +74,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="answer and score")
-    run.add_argument("checkpoint", help="folder, name under checkpoints/, or hub id")
+    add_model_options(run)
     run.add_argument("--tasks", help="comma-separated; default: all whose data are here")
     run.add_argument("--limit", type=int, help="only the first N items: a trial, not comparable")
     run.add_argument("--batch-size", type=int, default=8)
@@ -99,11 +93,6 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
         "than the checkpoint's own is asked for; the name of another protocol is added",
     )
     run.add_argument("--overwrite", action="store_true", help="throw earlier answers away")
-    run.add_argument("--device", help="cuda, cuda:N, mps, cpu; default: the best one here")
-    run.add_argument("--dtype", help="float32, bfloat16, float16; default: by device")
-    run.add_argument("--model-base", help="base of a projector-only or LoRA checkpoint")
-    run.add_argument("--vision-tower", help="folder of a tower that replaces the checkpoint's")
-    add_options(run)
     score = commands.add_parser("score", help="score saved answers again, without a model")
     score.add_argument("results", type=Path, nargs="?", help="folder that a run wrote")
     score.add_argument("--task", help="score an answers file of this task instead")
@@ -117,6 +106,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     score.add_argument("--data-root", type=Path, help="default: where the run found them")
     listing = commands.add_parser("list", help="tasks and their data")
     listing.add_argument("--data-root", type=Path, help=f"default: {DATA_ROOT}")
+    add_answer_command(commands)
     add_data_commands(commands)
     add_compare_command(commands)
     add_report_command(commands)
@@ -135,6 +125,7 @@ def main(words: list[str] | None = None) -> int:
     options = parse_arguments(words)
     known = {
         "list": list_tasks,
+        "answer": answer_command,
         "score": score_command,
         "compare": compare_command,
         "report": report_command,
@@ -153,7 +144,7 @@ def run_command(options: argparse.Namespace) -> int:
     console = Console(stderr=True, quiet=ranks.rank > 0)
     if options.limit is not None and options.limit < 1:
         raise UserError(f"--limit {options.limit}: must be at least 1")
-    compression = read_options(options)
+    read_options(options)  # a mistake in them costs no time
     protocol = PROTOCOLS.get(options.protocol)
     tasks = [
         protocol.apply(task) for task in choose_tasks(options.tasks, options.data_root, console)
@@ -162,36 +153,16 @@ def run_command(options: argparse.Namespace) -> int:
         task.name: make_limits(task, options.beams, options.max_new_tokens, options.batch_size)
         for task in tasks
     }
-    device = choose_device(_device_name(options.device, ranks))
-    dtype = parse_dtype(options.dtype) if options.dtype else choose_dtype(device)
-    checkpoint = find_checkpoint(options.checkpoint)
-    folder = resolve_folder(checkpoint, "checkpoint")
-    model, processor = load_pretrained(
-        folder, options.model_base, options.vision_tower, dtype=dtype, device=device
-    )
-    layers = num_layers(model)
-    own = active_settings(model.config.compression, layers)
-    off = compress_model(model, compression)
-    if off:
-        console.print(off, markup=False, highlight=False, soft_wrap=True)
-    compressed = active_settings(model.config.compression, layers)
-    name = "eval" if compressed == own else f"eval-{folder_name(compressed)}"
-    name += "" if protocol.name == OWN else f"-{protocol.name}"
-    output = options.output or _default_output(str(checkpoint), folder, name)
+    subject = load_subject(options, ranks, console)
+    model, processor = subject.model, subject.processor
     image = processor.image_config
-    settings = {
-        "model": model_digest(folder),
-        "base": _digest_of(options.model_base, "language model"),
-        "vision_tower": _digest_of(options.vision_tower, "vision tower"),
-        "template": processor.template_name,
-        **compressed,
-        "dtype": str(dtype).removeprefix("torch."),
-    }
-    facts = {"checkpoint": str(checkpoint), **provenance(device, ranks.size)}
+    name = "eval" if subject.compression is None else f"eval-{subject.compression}"
+    name += "" if protocol.name == OWN else f"-{protocol.name}"
+    output = options.output or _default_output(subject.checkpoint, subject.folder, name)
     jobs = []
     for task in tasks:
-        known = {**settings, **protocol.settings(task, image)}
-        jobs.append(make_job(task, limits[task.name], known, facts, options, output))
+        known = {**subject.settings, **protocol.settings(task, image)}
+        jobs.append(make_job(task, limits[task.name], known, subject.facts, options, output))
     ranks.connect()
     try:
         prepare(jobs, ranks, options.overwrite)
@@ -205,7 +176,7 @@ def run_command(options: argparse.Namespace) -> int:
         ranks.disconnect()
     if ranks.rank > 0:
         return int(failed > 0)
-    return report(output, str(checkpoint), [task.name for task in tasks])
+    return report(output, subject.checkpoint, [task.name for task in tasks])
 
 
 def answer_job(job: Job, answerer: Answerer, ranks: Ranks, console: Console) -> int:
@@ -221,7 +192,7 @@ def make_job(
     task: Task,
     limits: Limits,
     settings: dict[str, Any],
-    facts: dict[str, Any],
+    facts: Mapping[str, Any],
     options: argparse.Namespace,
     output: Path,
 ) -> Job:
@@ -246,21 +217,10 @@ def make_job(
     )
 
 
-def _device_name(name: str | None, ranks: Ranks) -> str | None:
-    """The GPU of this process when there are several; otherwise what the user said."""
-    if name in (None, "auto", "cuda") and ranks.size > 1 and torch.cuda.is_available():
-        return f"cuda:{ranks.local_rank % torch.cuda.device_count()}"
-    return name
-
-
 def _default_output(checkpoint: str, folder: Path, name: str) -> Path:
     # Results of a hub model do not belong into the hub's cache.
     parent = folder if Path(checkpoint).is_dir() else Path("checkpoints") / Path(checkpoint).name
     return parent / name
-
-
-def _digest_of(path: str | None, what: str) -> str | None:
-    return None if path is None else model_digest(resolve_folder(path, what))
 
 
 def report(output: Path, title: str, names: list[str]) -> int:
