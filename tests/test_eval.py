@@ -16,7 +16,14 @@ from PIL import Image
 from llava_uhd.errors import UserError
 from llava_uhd.eval import metrics
 from llava_uhd.eval.__main__ import main
-from llava_uhd.eval.answers import Answer, AnswerLog, check_settings, read_answers, write_json
+from llava_uhd.eval.answers import (
+    Answer,
+    AnswerLog,
+    check_settings,
+    read_answers,
+    write_json,
+    write_lines,
+)
 from llava_uhd.eval.choose import choose_tasks
 from llava_uhd.eval.generate import Answerer, Limits, count_new
 from llava_uhd.eval.provenance import data_digest, model_digest
@@ -172,6 +179,39 @@ def test_log_refuses(tmp_path: Path) -> None:
     path.write_bytes(b"{broken\n" + path.read_bytes())
     with pytest.raises(UserError, match=r"log\.rank0\.jsonl, line 1 is not an answer"):
         read_answers(tmp_path, {"a": 1})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("text", 5), ("text", None), ("id", True), ("new_tokens", "3")]
+)
+def test_damaged_answers_are_told(tmp_path: Path, field: str, value: Any) -> None:
+    path = put(tmp_path, {"a": 1}, 1)
+    path.write_text(json.dumps({**json.loads(path.read_text()), field: value}) + "\n")
+    with pytest.raises(UserError, match=rf"log\.rank0\.jsonl: .* is damaged: '{field}' is"):
+        read_answers(tmp_path, {"a": 1})
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"settings": 5}', '{"settings": null}'])
+def test_damaged_settings_are_told(tmp_path: Path, text: str) -> None:
+    (tmp_path / "settings.json").write_text(text)
+    with pytest.raises(UserError, match=r"settings\.json is damaged"):
+        check_settings(tmp_path, {"a": 1})
+
+
+def test_damaged_scores_are_told(tmp_path: Path) -> None:
+    known = {"task": "pope", "title": "x", "metric": "f1"}
+    (tmp_path / "pope").mkdir()
+    for text in ("{", "5", json.dumps({**known, "scores": 5}), json.dumps({"task": "pope"})):
+        (tmp_path / "pope/scores.json").write_text(text)
+        with pytest.raises(UserError, match=r"scores\.json is damaged"):
+            collect(tmp_path)
+
+
+def test_texts_that_are_no_unicode_are_written(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"text": "\ud800"})
+    assert json.loads((tmp_path / "a.json").read_text("utf-8")) == {"text": "?"}
+    write_lines(tmp_path / "a.jsonl", [{"text": "\ud800"}])
+    assert json.loads((tmp_path / "a.jsonl").read_text("utf-8")) == {"text": "?"}
 
 
 def test_log_has_one_writer(tmp_path: Path) -> None:

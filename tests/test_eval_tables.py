@@ -8,10 +8,14 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from fixtures_tiny import picture
+from fixtures_eval import make_mmbench
+from fixtures_tiny import picture, tiny_parts
 
 from llava_uhd.errors import UserError
+from llava_uhd.eval.generate import Answerer, Limits
+from llava_uhd.eval.provenance import data_digest
 from llava_uhd.eval.tables import images_of, read_table, whole_number
+from llava_uhd.eval.tasks import TASKS
 from llava_uhd.images.pixels import open_image
 
 
@@ -95,3 +99,24 @@ def test_predictions_as_json_and_as_workbook(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no readable workbook"):
         read_table(book)
     assert [whole_number(x) for x in ("3", 3.0, "3.0", "v1", 3, 2.5)] == [3, 3, 3, "v1", 3, 2.5]
+
+
+def test_an_image_that_is_no_base64_fails_alone(tmp_path: Path) -> None:
+    folder = make_mmbench(tmp_path, "mmbench", "mmbench_dev_20230712")
+    path = folder / "mmbench_dev_20230712.tsv"
+    head, first, second = path.read_text("utf-8").splitlines(keepends=True)
+    cells = first.split("\t")
+    other = [*cells]
+    other[0], other[9] = "4", "!" * 100
+    path.write_text(head + first + second + "\t".join(other), "utf-8")
+    task = TASKS.get("mmbench")
+    items = task.load(folder)
+    assert len(data_digest(task, items)) == 16
+    outcomes = list(Answerer(*tiny_parts(), task, Limits(2, 1, 4)).run(items))
+    assert [each.id for outcome in outcomes for each in outcome.answers] == [3, 1_000_003]
+    (failure,) = [each for outcome in outcomes for each in outcome.failures]
+    assert failure.id == 4 and "cannot be read (Only base64 data is allowed)" in failure.reason
+    other[0] = "x"
+    path.write_text(head + "\t".join(other), "utf-8")
+    with pytest.raises(UserError, match="row 1: index 'x' must be a whole number"):
+        task.load(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -206,3 +207,24 @@ def test_mme_questions(tmp_path: Path) -> None:
     lines(folder / "llava_mme.jsonl", [row])
     with pytest.raises(UserError, match=r"is no question of color/a\.txt"):
         TASKS.get("mme").load(folder)
+
+
+@pytest.mark.parametrize(
+    ("file", "row", "message"),
+    [
+        ("llava_pope_test.jsonl", {"question_id": None}, "id None under .* must be a text"),
+        ("llava_pope_test.jsonl", {"question_id": [1]}, "must be a text or a whole number"),
+        ("llava_pope_test.jsonl", {"text": 7}, "must be a text, got int"),
+        ("llava_pope_test.jsonl", {"category": ["random"]}, "not in the published form"),
+        ("coco/coco_pope_random.json", {"label": ["yes"]}, "not in the published form"),
+    ],
+)
+def test_values_of_other_kinds_are_told(
+    tmp_path: Path, file: str, row: dict[str, Any], message: str
+) -> None:
+    (make_pope(tmp_path) / "val2014").mkdir()
+    path = tmp_path / "pope" / file
+    first, *others = path.read_text("utf-8").splitlines(keepends=True)
+    path.write_text(json.dumps({**json.loads(first), **row}) + "\n" + "".join(others), "utf-8")
+    with pytest.raises(UserError, match=message):
+        TASKS.get("pope").load(tmp_path / "pope")

@@ -19,6 +19,7 @@ from llava_uhd.errors import UserError
 
 SETTINGS_FILE = "settings.json"
 MERGED_FILE = "answers.jsonl"
+_KINDS: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "str | int": (str, int)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,14 +50,15 @@ def settings_hash(settings: Mapping[str, Any]) -> str:
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON in one piece: readers see the old file or the new one."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n", "utf-8")
+    text = json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n"
+    partial.write_bytes(text.encode("utf-8", "replace"))
     partial.replace(path)
 
 
 def write_lines(path: Path, rows: Iterable[Any]) -> None:
     """Writes JSON lines in one piece."""
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
+    with partial.open("w", encoding="utf-8", errors="replace") as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
     partial.replace(path)
@@ -94,7 +96,7 @@ def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     if not path.is_file():
         return
     try:
-        found = json.loads(path.read_text("utf-8"))["settings"]
+        found = dict(json.loads(path.read_text("utf-8"))["settings"])
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} is damaged: start again with --overwrite") from None
     if settings_hash(found) == settings_hash(settings):
@@ -143,12 +145,20 @@ def make_answer(row: Mapping[str, Any], path: Path) -> Answer:
     """An answer from its JSON line.
 
     Raises:
-        UserError: a field is missing.
+        UserError: a field is missing, or has another type.
     """
-    try:
-        return Answer(**{field.name: row[field.name] for field in dataclasses.fields(Answer)})
-    except KeyError as error:
-        raise UserError(f"{path}: the answer to {row['id']!r} has no field {error}") from None
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(Answer):
+        if field.name not in row:
+            raise UserError(f"{path}: the answer to {row['id']!r} has no field '{field.name}'")
+        value, kinds = row[field.name], _KINDS[str(field.type)]
+        if isinstance(value, bool) or not isinstance(value, kinds):
+            raise UserError(
+                f"{path}: the answer to {row['id']!r} is damaged: '{field.name}' is "
+                f"{_short(value)}; remove the line, or start again with --overwrite"
+            )
+        values[field.name] = value
+    return Answer(**values)
 
 
 class AnswerLog:

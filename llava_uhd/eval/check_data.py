@@ -93,7 +93,7 @@ def check_data(task: Task, data_root: Path | None) -> DataReport:
     # Image folders may be missing: the questions can be counted all the same.
     if all(file.present or not Path(file.path).suffix for file in files):
         try:
-            items = list(task.items(root))
+            items = task.read(root)
         except UserError as error:
             problem = str(error) if all(file.present for file in files) else ""
     media = sorted(set(_media(items or ())))

@@ -91,7 +91,7 @@ def submission_command(options: argparse.Namespace) -> int:
     if message:
         raise UserError(message)
     answers = task.read_published(root, options.answers)
-    files = task.submission(root, list(task.items(root)), answers)
+    files = task.submission(root, task.read(root), answers)
     if not files:
         raise UserError(f"{task.name} has no file to upload")
     make_folder(options.output, "output folder")

@@ -16,6 +16,7 @@ import torch
 
 from llava_uhd.checkpoint.manifest import library_versions
 from llava_uhd.checkpoint.weights import weight_files
+from llava_uhd.errors import UserError
 from llava_uhd.eval.task import Item, Task
 from llava_uhd.images.stored import StoredFile
 
@@ -63,15 +64,23 @@ def data_digest(task: Task, items: Iterable[Item]) -> str:
                 path = Path(source)
                 images.append((path.name, path.stat().st_size if path.is_file() else None))
             else:
-                if isinstance(source, StoredFile):
-                    source = source.open().read()
-                content = source if isinstance(source, bytes) else source.tobytes()
-                images.append((hashlib.sha256(content).hexdigest(), len(content)))
+                images.append(_content_digest(source))
         for video in item.videos:
             path = Path(str(video))
             images.append((path.name, path.stat().st_size if path.is_file() else None))
         digest.update(repr((item.id, task.turns(item), images)).encode("utf-8", "replace"))
     return digest.hexdigest()[:16]
+
+
+def _content_digest(source: Any) -> tuple[str, int | None]:
+    """Hash and size of an image that is no file of its own; no size where it cannot be read."""
+    if isinstance(source, StoredFile):
+        try:
+            source = source.open().read()
+        except UserError:
+            return str(source), None  # answering it will say why
+    content = source if isinstance(source, bytes) else source.tobytes()
+    return hashlib.sha256(content).hexdigest(), len(content)
 
 
 def provenance(device: torch.device, processes: int) -> dict[str, Any]:

@@ -131,7 +131,7 @@ def add_answer(answers: dict[str | int, str], key: Any, text: Any, file: Path) -
     Raises:
         UserError: an id or answer of the wrong type, or an id that is there already.
     """
-    if not isinstance(key, str | int):
+    if isinstance(key, bool) or not isinstance(key, str | int):
         raise UserError(f"{file}: question id {key!r} must be a text or a whole number")
     if not isinstance(text, str):
         raise UserError(f"{file}: the answer to {key!r} must be a text, got {_kind(text)}")

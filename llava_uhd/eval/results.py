@@ -236,7 +236,11 @@ def collect(output: Path) -> list[TaskResult]:
     results = []
     for path in sorted(output.glob(f"*/{SCORES_FILE}")):
         try:
-            results.append(TaskResult(**json.loads(path.read_text("utf-8"))))
+            result = TaskResult(**json.loads(path.read_text("utf-8")))
+            for field in (result.scores, result.counts, result.settings, result.breakdown):
+                if not isinstance(field, dict):
+                    raise TypeError("an object is expected where another value stands")
+            results.append(result)
         except (ValueError, TypeError) as error:
             raise UserError(f"{path} is damaged ({error}): remove it and score again") from error
     return results

@@ -238,7 +238,7 @@ def saved_job(
         UserError: damaged files, or data that are not those of the run.
     """
     try:
-        settings = json.loads((folder / SETTINGS_FILE).read_text("utf-8"))["settings"]
+        settings = dict(json.loads((folder / SETTINGS_FILE).read_text("utf-8"))["settings"])
         recorded = json.loads((folder / RUN_FILE).read_text("utf-8"))
         place, limit = Path(recorded["data"]), recorded["limit"]
     except (OSError, ValueError, KeyError, TypeError) as error:

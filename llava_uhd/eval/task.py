@@ -279,6 +279,22 @@ class Task(ABC):
         more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
         return f"{self.name}: {absent[0]}{more} is missing; {self.source}"
 
+    def read(self, root: Path, gold: bool = False) -> list[Item]:
+        """All items, whatever is wrong with the files told in one line.
+
+        Raises:
+            UserError: a damaged file.
+        """
+        try:
+            return list(self.gold_items(root) if gold else self.items(root))
+        except UserError:
+            raise
+        except (TypeError, ValueError, LookupError, AttributeError) as error:
+            raise UserError(
+                f"{self.name}: the files under {root} are not in the published form "
+                f"({type(error).__name__}: {error}): copy or download them again"
+            ) from error
+
     def load(self, root: Path, limit: int | None = None, gold: bool = False) -> list[Item]:
         """All items (the first ``limit`` of them), checked.
 
@@ -293,11 +309,20 @@ class Task(ABC):
         message = self.missing(root, gold)
         if message:
             raise UserError(message)
-        items = list(self.gold_items(root) if gold else self.items(root))
+        items = self.read(root, gold)
         if not items:
             raise UserError(f"{self.name}: {root} holds no questions")
         seen: set[str | int] = set()
         for item in items:
+            if isinstance(item.id, bool) or not isinstance(item.id, str | int):
+                raise UserError(
+                    f"{self.name}: id {item.id!r} under {root} must be a text or a whole number"
+                )
+            if not isinstance(item.question, str):
+                raise UserError(
+                    f"{self.name}: question {item.id!r} under {root} must be a text, got "
+                    f"{type(item.question).__name__}"
+                )
             if item.id in seen:
                 raise UserError(f"{self.name}: id {item.id!r} occurs twice under {root}")
             seen.add(item.id)

@@ -67,6 +67,8 @@ class MMBench(ChoiceTask):
 
     def item(self, row: Row, images: tuple[ImageSource, ...]) -> Item:
         """The item of a row."""
+        if not isinstance(whole_number(row["index"]), int):
+            raise UserError(f"index {row['index']!r} must be a whole number")
         listed = _listed(row)
         named = ("l2-category", "category", "split")
         groups = {name: str(row[name]) for name in named if not is_empty(row.get(name))}
