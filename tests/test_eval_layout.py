@@ -17,6 +17,7 @@ from llava_uhd.eval.__main__ import main
 from llava_uhd.eval.check_data import check_data
 from llava_uhd.eval.choose import choose_tasks
 from llava_uhd.eval.tasks import TASKS
+from llava_uhd.eval.tasks.question_file import SHORT
 
 
 @pytest.fixture(scope="module")
@@ -204,3 +205,17 @@ def test_score_needs_its_words(data: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=message):
             main(["score", *words, "--data-root", str(data)])
+
+
+def test_files_that_cannot_be_written(data: Path, tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    words = ["score", "--task", "textvqa", "--answers", str(file), "--data-root", str(data)]
+    lines(file, [{"question_id": "a", "prompt": f"Who?{SHORT}", "text": "x"}])
+    with pytest.raises(UserError, match="is a folder: name a file"):
+        main([*words, "--output", str(tmp_path)])
+    with pytest.raises(UserError, match="cannot be made"):
+        main([*words, "--output", str(file / "out.json")])
+    assert main([*words, "--output", str(tmp_path / "out.json")]) == 0
+    # What the system refuses is one line, too.
+    with pytest.raises(UserError, match=r"x{300}.*: File name too long"):
+        main([*words, "--output", str(tmp_path / ("x" * 300))])

@@ -102,6 +102,7 @@ def test_boxes_as_published(golden: Path) -> None:
 
 def test_boxes_at_their_edges() -> None:
     assert parse_box("0.1,0.2,0.3,0.4") == (0.1, 0.2, 0.3, 0.4)
+    assert parse_box("nan, 0, 1, 1") is None and parse_box("0, 0, 1e999, 1") is None
     for text in ("", "[0.1, 0.2, 0.3]", "[a, b, c, d]", "[1,2,3,4,5]", "It is\n\n[0, 0, 1, 1]"):
         assert parse_box(text) is None
     whole = (0.0, 0.0, 1.0, 1.0)

@@ -115,7 +115,11 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(words: list[str] | None = None) -> int:
-    """Runs the command; 0 if every item was answered and scored, 1 if not."""
+    """Runs the command; 0 if every item was answered and scored, 1 if not.
+
+    Raises:
+        UserError: a mistake that the user can mend, or a file that the system refuses.
+    """
     logging.basicConfig(format="%(message)s")
     transformers_logging.set_verbosity_error()
     # Notes for developers of other libraries; users get errors of one line.
@@ -135,7 +139,15 @@ def main(words: list[str] | None = None) -> int:
         "judge": judge_and_report,
         SUMMARIZE: summarize_command,
     }
-    return known.get(options.command, run_command)(options)
+    try:
+        return known.get(options.command, run_command)(options)
+    except BrokenPipeError:
+        raise
+    except OSError as error:  # a folder that is read only, a full disk
+        if error.errno is None:
+            raise
+        where = "" if error.filename is None else f"{error.filename}: "
+        raise UserError(f"{where}{error.strerror}") from error
 
 
 def run_command(options: argparse.Namespace) -> int:

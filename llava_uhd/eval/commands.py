@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -47,8 +48,7 @@ def check_data_command(options: argparse.Namespace) -> int:
     complete = sum(report.complete for report in reports)
     console.print(f"{complete} of {len(reports)} tasks can be run", highlight=False)
     if options.output is not None:
-        make_folder(options.output.parent, "output folder")
-        write_json(
+        _write(
             options.output,
             [
                 {**dataclasses.asdict(report), "complete": report.complete, "state": report.state}
@@ -56,6 +56,13 @@ def check_data_command(options: argparse.Namespace) -> int:
             ],
         )
     return int(any(r.problem or (names and not r.complete) for r in reports))
+
+
+def _write(file: Path, value: Any) -> None:
+    if file.is_dir():
+        raise UserError(f"--output {file} is a folder: name a file")
+    make_folder(file.parent, "output folder")
+    write_json(file, value)
 
 
 def _lines(report: DataReport) -> list[str]:
@@ -130,8 +137,7 @@ def score_published(options: argparse.Namespace) -> int:
         task, options.data_root, options.answers, "published" if options.compatible else "default"
     )
     if options.output is not None:
-        make_folder(options.output.parent, "output folder")
-        write_json(options.output, result)
+        _write(options.output, result)
     table = Table("metric", "score")
     for name, value in result["scores"].items():
         table.add_row(escape(name), f"{value:.6g}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -35,8 +36,8 @@ class BoxTotals(NamedTuple):
 def parse_box(text: str) -> Box | None:
     r"""Reads ``[x1, y1, x2, y2]``, with or without brackets, from the text before a blank line.
 
-    Anything else than four numbers is None; the published parser dies of four parts that are not
-    numbers.
+    Anything else than four finite numbers is None; the published parser dies of four parts that
+    are not numbers.
 
     Example: ``parse_box("[0.1, 0, 0.5, 1]\n\nIt is red.")`` is ``(0.1, 0.0, 0.5, 1.0)``.
     """
@@ -48,7 +49,7 @@ def parse_box(text: str) -> Box | None:
         x1, y1, x2, y2 = (float(part) for part in parts)
     except ValueError:
         return None
-    return x1, y1, x2, y2
+    return (x1, y1, x2, y2) if all(map(math.isfinite, (x1, y1, x2, y2))) else None
 
 
 def overlap(first: Box, second: Box) -> float:
