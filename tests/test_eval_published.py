@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from fixtures_eval import answers_file, lines, scored, submitted, whole
+from fixtures_eval import answers_file, lines, make_textvqa, scored, submitted, whole
 
 from llava_uhd.errors import UserError
 from llava_uhd.eval import published
@@ -109,6 +109,13 @@ def test_damaged_answers(tmp_path: Path, content: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         published.read_answers(file)
     assert str(file) in str(caught.value)
+
+
+def test_answers_of_other_kinds_are_told(tmp_path: Path) -> None:
+    make_textvqa(tmp_path)
+    file = lines(tmp_path / "a.jsonl", [{"question_id": "a", "prompt": 5, "text": "x"}])
+    with pytest.raises(UserError, match=r"a\.jsonl: not in the published form \(AttributeError"):
+        scored("textvqa", tmp_path, file)
 
 
 @pytest.mark.parametrize("name", ["../a.jpg", "/a.jpg", "C:\\a.jpg", "a/../../b", "", None, "a\0"])

@@ -15,6 +15,7 @@ from llava_uhd.errors import UserError, make_folder
 from llava_uhd.eval.answers import write_json
 from llava_uhd.eval.check_data import DataReport, check_data
 from llava_uhd.eval.offline import score_file
+from llava_uhd.eval.published import well_formed
 from llava_uhd.eval.task import DATA_ROOT
 from llava_uhd.eval.tasks import TASKS, find_task
 
@@ -97,7 +98,8 @@ def submission_command(options: argparse.Namespace) -> int:
     message = task.missing(root, gold=True)
     if message:
         raise UserError(message)
-    answers = task.read_published(root, options.answers)
+    with well_formed(str(options.answers)):
+        answers = task.read_published(root, options.answers)
     files = task.submission(root, task.read(root), answers)
     if not files:
         raise UserError(f"{task.name} has no file to upload")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_uhd.errors import UserError
+from llava_uhd.eval.published import well_formed
 from llava_uhd.eval.task import TASKS, Item, Mode, Parsed, Scored, Task
 
 logger = logging.getLogger(__name__)
@@ -42,7 +43,8 @@ def score_file(
     if not file.is_file():
         raise UserError(f"answers file {file} does not exist")
     items = task.gold_for(root, file)
-    answers = task.read_published(root, file)
+    with well_formed(str(file)):
+        answers = task.read_published(root, file)
     scored, missing = score_all(task, items, answers, str(file))
     return {
         "task": name,

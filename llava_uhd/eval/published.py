@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,27 @@ def answer_row(question_id: str | int, prompt: str, text: str, model: str) -> di
 def json_lines(rows: list[dict[str, Any]]) -> bytes:
     """JSON lines as the published programs write them: ASCII, a newline behind each."""
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+@contextmanager
+def well_formed(what: str) -> Iterator[None]:
+    """Tells in one line what is wrong with files whose values are of other kinds than published.
+
+    Args:
+        what: is read inside, for the message.
+
+    Raises:
+        UserError: in place of the errors that such values cause.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (TypeError, ValueError, LookupError, AttributeError) as error:
+        raise UserError(
+            f"{what}: not in the published form ({type(error).__name__}: {error}): copy or "
+            "download it again"
+        ) from error
 
 
 def read_rows(file: Path, *fields: str, skip_broken: bool = False) -> list[dict[str, Any]]:

@@ -285,15 +285,8 @@ class Task(ABC):
         Raises:
             UserError: a damaged file.
         """
-        try:
+        with published.well_formed(f"{self.name}: a file under {root}"):
             return list(self.gold_items(root) if gold else self.items(root))
-        except UserError:
-            raise
-        except (TypeError, ValueError, LookupError, AttributeError) as error:
-            raise UserError(
-                f"{self.name}: the files under {root} are not in the published form "
-                f"({type(error).__name__}: {error}): copy or download them again"
-            ) from error
 
     def load(self, root: Path, limit: int | None = None, gold: bool = False) -> list[Item]:
         """All items (the first ``limit`` of them), checked.
