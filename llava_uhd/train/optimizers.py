@@ -255,12 +255,15 @@ def schedule_options(arguments: TrainingArguments, steps: int) -> dict[str, Any]
     options = _given(arguments)
     if name.value != WSD:
         return options
-    options.setdefault("num_decay_steps", DECAY_SHARE)
+    share = options.setdefault("num_decay_steps", DECAY_SHARE)
     for key in _PHASES:
         value = options.get(key)
         if value is not None:
             options[key] = math.ceil(value * steps) if value < 1 else int(value)
-    warmup, decay = arguments.get_warmup_steps(steps), options["num_decay_steps"]
+    warmup = arguments.get_warmup_steps(steps)
+    if share < 1:  # of a few steps, shares that were rounded up need not fit
+        options["num_decay_steps"] = min(options["num_decay_steps"], max(steps - warmup, 0))
+    decay = options["num_decay_steps"]
     stable = options.get("num_stable_steps")
     if warmup + (stable or 0) + decay > steps:
         level = "" if stable is None else f" + {stable} level (num_stable_steps)"
