@@ -1,4 +1,4 @@
-"""Evaluation in one process: scores, batches, answers on disk, failing items, tables."""
+"""Evaluation in one process: scores, batches, failing items, tables."""
 
 from __future__ import annotations
 
@@ -16,14 +16,7 @@ from PIL import Image
 from llava_uhd.errors import UserError
 from llava_uhd.eval import metrics
 from llava_uhd.eval.__main__ import main
-from llava_uhd.eval.answers import (
-    Answer,
-    AnswerLog,
-    check_settings,
-    read_answers,
-    write_json,
-    write_lines,
-)
+from llava_uhd.eval.answers import AnswerLog
 from llava_uhd.eval.choose import choose_tasks
 from llava_uhd.eval.generate import Answerer, Limits, count_new
 from llava_uhd.eval.provenance import data_digest, model_digest
@@ -153,82 +146,6 @@ def test_shares_are_a_partition() -> None:
             Ranks.from_environment(wrong)
 
 
-def put(folder: Path, settings: dict, *ids: int, rank: int = 0) -> Path:
-    with AnswerLog(folder, rank, settings) as log:
-        log.append([Answer(each, "p", f"text {each}", 1, 2) for each in ids], 0.1)
-    return log.path
-
-
-def test_log_survives_a_cut_line(tmp_path: Path) -> None:
-    path = put(tmp_path, {"a": 1}, 1, 2)
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-9])
-    assert list(read_answers(tmp_path, {"a": 1})) == [1]
-    put(tmp_path, {"a": 1}, 2, 3)
-    found = read_answers(tmp_path, {"a": 1})
-    assert [found[each].text for each in (1, 2, 3)] == ["text 1", "text 2", "text 3"]
-
-
-def test_log_refuses(tmp_path: Path) -> None:
-    path = put(tmp_path, {"a": 1}, 1, 2)
-    with pytest.raises(UserError, match="other settings"):
-        read_answers(tmp_path, {"a": 2})
-    put(tmp_path, {"a": 1}, 2, rank=1)
-    with pytest.raises(UserError, match=r"log\.rank1\.jsonl: 2 was answered twice"):
-        read_answers(tmp_path, {"a": 1})
-    path.write_bytes(b"{broken\n" + path.read_bytes())
-    with pytest.raises(UserError, match=r"log\.rank0\.jsonl, line 1 is not an answer"):
-        read_answers(tmp_path, {"a": 1})
-
-
-@pytest.mark.parametrize(
-    ("field", "value"), [("text", 5), ("text", None), ("id", True), ("new_tokens", "3")]
-)
-def test_damaged_answers_are_told(tmp_path: Path, field: str, value: Any) -> None:
-    path = put(tmp_path, {"a": 1}, 1)
-    path.write_text(json.dumps({**json.loads(path.read_text()), field: value}) + "\n")
-    with pytest.raises(UserError, match=rf"log\.rank0\.jsonl: .* is damaged: '{field}' is"):
-        read_answers(tmp_path, {"a": 1})
-
-
-@pytest.mark.parametrize("text", ["", "[]", '{"settings": 5}', '{"settings": null}'])
-def test_damaged_settings_are_told(tmp_path: Path, text: str) -> None:
-    (tmp_path / "settings.json").write_text(text)
-    with pytest.raises(UserError, match=r"settings\.json is damaged"):
-        check_settings(tmp_path, {"a": 1})
-
-
-def test_damaged_scores_are_told(tmp_path: Path) -> None:
-    known = {"task": "pope", "title": "x", "metric": "f1"}
-    (tmp_path / "pope").mkdir()
-    for text in ("{", "5", json.dumps({**known, "scores": 5}), json.dumps({"task": "pope"})):
-        (tmp_path / "pope/scores.json").write_text(text)
-        with pytest.raises(UserError, match=r"scores\.json is damaged"):
-            collect(tmp_path)
-
-
-def test_texts_that_are_no_unicode_are_written(tmp_path: Path) -> None:
-    write_json(tmp_path / "a.json", {"text": "\ud800"})
-    assert json.loads((tmp_path / "a.json").read_text("utf-8")) == {"text": "?"}
-    write_lines(tmp_path / "a.jsonl", [{"text": "\ud800"}])
-    assert json.loads((tmp_path / "a.jsonl").read_text("utf-8")) == {"text": "?"}
-
-
-def test_log_has_one_writer(tmp_path: Path) -> None:
-    with AnswerLog(tmp_path, 0, {}), pytest.raises(UserError, match="another evaluation"):
-        AnswerLog(tmp_path, 0, {}).__enter__()
-
-
-def test_foreign_settings_are_named(tmp_path: Path) -> None:
-    write_json(tmp_path / "settings.json", {"settings": {"beams": 1, "size": (3, 4)}})
-    check_settings(tmp_path, {"beams": 1, "size": (3, 4)})
-    with pytest.raises(UserError, match=r"\(beams was 1, is 3\).*--overwrite"):
-        check_settings(tmp_path, {"beams": 3, "size": (3, 4)})
-    words = "beams was 1, is not set; compression.layer was not set, is 16"
-    with pytest.raises(UserError, match=rf"\({words}\)"):
-        check_settings(tmp_path, {"compression.layer": 16, "size": (3, 4)})
-
-
 def test_ids_are_checked() -> None:
     items = [Item(each, "q") for each in ("a", "b", "c")]
     assert check_ids(items[:2], items, {"a": 0, "b": 0, "c": 0}) == ""
@@ -293,6 +210,26 @@ def test_settings_protect_answers(tiny_checkpoint: Path, questions: Path, tmp_pa
         run(tiny_checkpoint, copy, out)
     assert run(tiny_checkpoint, copy, out, "--overwrite") == 0
     assert collect(out)[0].items == 8
+
+
+def test_answers_are_read_behind_the_lock(
+    tiny_checkpoint: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that outlived its launcher writes until the lock is free: nothing is done twice."""
+    assert run(tiny_checkpoint, questions, tmp_path / "whole") == 0
+    out = tmp_path / "out"
+    assert run(tiny_checkpoint, questions, out, "--limit", "2") == 0
+    log = out / "synthetic/log.rank0.jsonl"
+    whole = (tmp_path / "whole/synthetic/log.rank0.jsonl").read_bytes()
+    enter = AnswerLog.__enter__
+
+    def late(self: AnswerLog) -> AnswerLog:
+        log.write_bytes(whole)
+        return enter(self)
+
+    monkeypatch.setattr(AnswerLog, "__enter__", late)
+    assert run(tiny_checkpoint, questions, out) == 0
+    assert log.read_bytes() == whole
 
 
 def test_failing_item_gives_no_score(

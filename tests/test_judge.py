@@ -226,6 +226,10 @@ def test_questions_about_text(tmp_path: Path) -> None:
             lambda folder: (folder / "context.jsonl").write_text('{"image": "0.jpg"}\n'),
             "needs captions and instances",
         ),
+        (
+            lambda folder: (folder / "context.jsonl").write_text('{"image": [1]}\n'),
+            "not in the published form",
+        ),
         (lambda folder: (folder / "reference.jsonl").unlink(), "does not exist"),
         (
             lambda folder: (folder / "ours.jsonl").write_text('{"question_id": 9, "text": ""}\n'),

@@ -131,20 +131,19 @@ def run_job(
     # The shares depend on the items only, never on what is done already: processes start at
     # different moments, and a rerun may have another number of them.
     by_length = sorted(job.wanted, key=lambda item: -answerer.length(item))
-    done = read_answers(job.folder, job.settings)
-    mine = [item for item in ranks.share(by_length) if item.id not in done]
-    if done and ranks.rank == 0:
-        left = len([item for item in job.wanted if item.id not in done])
-        console.print(f"{job.task.name}: going on, {left} of {len(job.wanted)} items to do")
     failures: list[Failure] = []
-    with (
-        AnswerLog(job.folder, ranks.rank, job.settings) as log,
-        Meter(console, job.task.name, len(mine), quiet=ranks.rank > 0) as meter,
-    ):
-        for outcome in answerer.run(mine):
-            log.append(outcome.answers, outcome.seconds)
-            failures += outcome.failures
-            meter.advance(len(outcome.answers) + len(outcome.failures))
+    with AnswerLog(job.folder, ranks.rank, job.settings) as log:
+        # Read behind the lock: a process of a killed launcher may have written until now.
+        done = read_answers(job.folder, job.settings)
+        mine = [item for item in ranks.share(by_length) if item.id not in done]
+        if done and ranks.rank == 0:
+            left = len([item for item in job.wanted if item.id not in done])
+            console.print(f"{job.task.name}: going on, {left} of {len(job.wanted)} items to do")
+        with Meter(console, job.task.name, len(mine), quiet=ranks.rank > 0) as meter:
+            for outcome in answerer.run(mine):
+                log.append(outcome.answers, outcome.seconds)
+                failures += outcome.failures
+                meter.advance(len(outcome.answers) + len(outcome.failures))
     if failures:
         write_lines(
             job.folder / f"failures.rank{ranks.rank}.jsonl",

@@ -17,7 +17,7 @@ from rich.console import Console
 from llava_uhd.errors import UserError, make_folder
 from llava_uhd.eval.answers import lock_file
 from llava_uhd.eval.judge.asking import Judge, Question, Verdict
-from llava_uhd.eval.published import read_object, read_rows
+from llava_uhd.eval.published import read_object, read_rows, well_formed
 from llava_uhd.eval.scoring.reviews import UNREAD, read_pair
 
 PUBLISHED_MODEL = "gpt-4-0314"
@@ -92,7 +92,10 @@ def comparisons(
         UserError: answers that do not belong to the questions; a context or a rule is missing.
     """
     rules = read_object(rule)
-    by_image = {row["image"]: row for row in contexts.rows} if contexts else {}
+    by_image: dict[Any, dict[str, Any]] = {}
+    if contexts is not None:
+        with well_formed(str(contexts.file)):
+            by_image = {row["image"]: row for row in contexts.rows}
     pairs = [
         [row for _, row in zip(questions.rows, each.rows)]
         if by_position
