@@ -57,7 +57,7 @@ def write_report(output: Path, title: str) -> Path:
     page = render(
         "evaluation.html",
         title=title,
-        lead=f"{len(results)} tasks in {output}",
+        lead=f"{len(results)} task{'' if len(results) == 1 else 's'} in {output}",
         tasks=[{**_task(output, result), "items": items[result.task]} for result in results],
         problems=[r for r in results if r.problem],
         trials=[r.title for r in results if not r.problem and r.items < r.of],
