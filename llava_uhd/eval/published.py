@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -164,3 +164,24 @@ def add_answer(answers: dict[str | int, str], key: Any, text: Any, file: Path) -
 
 def _kind(value: Any) -> str:
     return type(value).__name__
+
+
+def check_all_answered(
+    task: str, ids: Sequence[str | int], answers: Mapping[str | int, str]
+) -> None:
+    """Refuses an upload with holes.
+
+    Args:
+        task: name, for the message.
+        ids: of all its items.
+        answers: by item id.
+
+    Raises:
+        UserError: a question has no answer.
+    """
+    missing = [each for each in ids if each not in answers]
+    if missing:
+        raise UserError(
+            f"{task}: {len(missing)} questions have no answer, first {missing[0]!r}: the server "
+            "wants all of them"
+        )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_uhd.errors import UserError
-from llava_uhd.eval.published import iterate_rows, read_value
+from llava_uhd.eval.published import check_all_answered, iterate_rows, read_value
 from llava_uhd.eval.task import Answers, Item
 from llava_uhd.eval.tasks.joined import UREADER, DocumentTask
 from llava_uhd.eval.tasks.question_file import SHORT, QuestionFileTask, first_of, image_path
@@ -72,12 +72,7 @@ class DocVQATest(QuestionFileTask):
         self, root: Path, items: Sequence[Item], answers: Answers
     ) -> list[tuple[str, bytes]]:
         """A JSON list of ``questionId`` and ``answer``."""
-        missing = [item.id for item in items if item.id not in answers]
-        if missing:
-            raise UserError(
-                f"{self.name}: {len(missing)} questions have no answer, first {missing[0]!r}: the "
-                "server wants all of them"
-            )
+        check_all_answered(self.name, [item.id for item in items], answers)
         rows = [{"questionId": item.id, "answer": answers[item.id]} for item in items]
         return [("docvqa_test.json", json.dumps(rows).encode())]
 

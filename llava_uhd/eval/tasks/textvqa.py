@@ -5,16 +5,15 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from llava_uhd.errors import UserError
-from llava_uhd.eval.metrics import percent_of_each
 from llava_uhd.eval.published import add_answer, iterate_rows, read_object
-from llava_uhd.eval.scoring.vqa import agreement, normalise
-from llava_uhd.eval.task import Item, Scored
+from llava_uhd.eval.task import Item
 from llava_uhd.eval.tasks.question_file import SHORT, QuestionFileTask, image_path, numbered
+from llava_uhd.eval.tasks.soft_accuracy import SoftAccuracyTask
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +43,7 @@ def question_of(prompt: str) -> str:
     raise UserError(f"{prompt!r} is no prompt of TextVQA: a question in one line is looked for")
 
 
-class TextVQA(QuestionFileTask):
+class TextVQA(SoftAccuracyTask, QuestionFileTask):
     """Several questions share a picture: ids are image id and question in lower case."""
 
     name = "textvqa"
@@ -137,18 +136,6 @@ class TextVQA(QuestionFileTask):
             tokens += _TOKENS in row["prompt"] or _OLD_TOKENS in row["prompt"]
         logger.warning("%s: %d of %d prompts hold OCR tokens", file, tokens, len(answers))
         return answers
-
-    def parse(self, item: Item, answer: str) -> str:
-        """The full normalisation."""
-        return normalise(answer)
-
-    def score(self, item: Item, parsed: str) -> dict[str, float]:
-        """Soft accuracy."""
-        return {"accuracy": agreement(parsed, [normalise(text) for text in item.reference])}
-
-    def aggregate(self, scored: Sequence[Scored]) -> dict[str, float]:
-        """Mean soft accuracy in percent."""
-        return percent_of_each([each.metrics for each in scored])
 
 
 class TextVQAWithoutOCR(TextVQA):

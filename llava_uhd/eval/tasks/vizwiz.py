@@ -8,11 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from llava_uhd.errors import UserError
-from llava_uhd.eval.metrics import percent_of_each
-from llava_uhd.eval.published import add_answer, iterate_rows, read_answers, read_rows, read_value
-from llava_uhd.eval.scoring.vqa import agreement, normalise
-from llava_uhd.eval.task import Answers, Item, Scored, Task
+from llava_uhd.eval.published import (
+    add_answer,
+    check_all_answered,
+    iterate_rows,
+    read_answers,
+    read_rows,
+    read_value,
+)
+from llava_uhd.eval.scoring.vqa import normalise
+from llava_uhd.eval.task import Answers, Item
 from llava_uhd.eval.tasks.question_file import SHORT, QuestionFileTask, image_path
+from llava_uhd.eval.tasks.soft_accuracy import SoftAccuracyTask
 
 SUFFIX = "\nWhen the provided information is insufficient, respond with 'Unanswerable'." + SHORT
 
@@ -51,12 +58,7 @@ class VizWiz(QuestionFileTask):
         self, root: Path, items: Sequence[Item], answers: Answers
     ) -> list[tuple[str, bytes]]:
         """One JSON list of image and normalised answer, in the order of the questions."""
-        missing = [item.id for item in items if item.id not in answers]
-        if missing:
-            raise UserError(
-                f"{self.name}: {len(missing)} questions have no answer, first {missing[0]!r}: the "
-                "server wants all of them"
-            )
+        check_all_answered(self.name, [item.id for item in items], answers)
         rows = [
             {"image": item.extra["image"], "answer": normalise(answers[item.id])} for item in items
         ]
@@ -84,7 +86,7 @@ def _read_upload(file: Path) -> list[tuple[str, str]]:
     return [(row["image"], row["answer"]) for row in rows]
 
 
-class VizWizVal(Task):
+class VizWizVal(SoftAccuracyTask):
     """The validation split; ids are places in ``val.json``, as in the numbers of its images."""
 
     name = "vizwiz_val"
@@ -123,18 +125,6 @@ class VizWizVal(Task):
         for image, text in _read_upload(file):
             add_answer(answers, places.get(_number(image), image), text, file)
         return answers
-
-    def parse(self, item: Item, answer: str) -> str:
-        """The full normalisation."""
-        return normalise(answer)
-
-    def score(self, item: Item, parsed: str) -> dict[str, float]:
-        """Soft accuracy."""
-        return {"accuracy": agreement(parsed, [normalise(text) for text in item.reference])}
-
-    def aggregate(self, scored: Sequence[Scored]) -> dict[str, float]:
-        """Mean soft accuracy in percent."""
-        return percent_of_each([each.metrics for each in scored])
 
 
 def _number(image: str) -> str:

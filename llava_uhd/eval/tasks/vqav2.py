@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from llava_uhd.errors import UserError
-from llava_uhd.eval.metrics import percent_of_each
 from llava_uhd.eval.published import add_answer, iterate_rows, read_answers, read_object, read_value
-from llava_uhd.eval.scoring.vqa import agreement, normalise, normalise_vqav2
-from llava_uhd.eval.task import Answers, Item, Scored, Task
+from llava_uhd.eval.scoring.vqa import normalise, normalise_vqav2
+from llava_uhd.eval.task import Answers, Item
 from llava_uhd.eval.tasks.question_file import SHORT, QuestionFileTask, first_of, image_path
+from llava_uhd.eval.tasks.soft_accuracy import SoftAccuracyTask
 
 _SOURCE = (
     "get the images from visualqa.org/download.html (COCO test2015) and the question files from "
@@ -87,7 +87,7 @@ def _read_results(file: Path) -> dict[str | int, str]:
     return answers
 
 
-class VQAv2Val(Task):
+class VQAv2Val(SoftAccuracyTask):
     """val2014 with its published questions and annotations."""
 
     name = "vqav2_val"
@@ -131,23 +131,14 @@ class VQAv2Val(Task):
                 groups={"answer type": str(kind)} if kind else {},
             )
 
+    def normalised(self, text: str) -> str:
+        """By the official normalisation of VQAv2, which leaves out one step of the full one."""
+        return normalise_vqav2(text)
+
     def read_published(self, root: Path, file: Path) -> dict[str | int, str]:
         """A results file (JSON list of question_id and answer), or an answers file."""
         first = next(iterate_rows(file), {})
         return _read_results(file) if "answer" in first else read_answers(file, skip_broken=True)
-
-    def parse(self, item: Item, answer: str) -> str:
-        """The official normalisation of VQAv2, which leaves out one step of the full one."""
-        return normalise_vqav2(answer)
-
-    def score(self, item: Item, parsed: str) -> dict[str, float]:
-        """Soft accuracy."""
-        references = [normalise_vqav2(reference) for reference in item.reference]
-        return {"accuracy": agreement(parsed, references)}
-
-    def aggregate(self, scored: Sequence[Scored]) -> dict[str, float]:
-        """Mean soft accuracy in percent."""
-        return percent_of_each([each.metrics for each in scored])
 
 
 def _rows(file: Path, key: str, *fields: str) -> list[dict]:
