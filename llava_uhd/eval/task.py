@@ -276,7 +276,7 @@ class Task(ABC):
         absent = [file for file in files if not file.exists()]
         if not absent:
             return None
-        more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
+        more = f" (and {len(absent) - 1} more)" if len(absent) > 1 else ""
         return f"{self.name}: {absent[0]}{more} is missing; {self.source}"
 
     def read(self, root: Path, gold: bool = False) -> list[Item]:
