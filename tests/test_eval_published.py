@@ -80,7 +80,7 @@ def test_judged_tasks_on_small_files(tmp_path: Path) -> None:
     wild = tmp_path / "llava-bench-in-the-wild"
     lines(wild / "questions.jsonl", rows)
     message = find_task("llava-bench-in-the-wild").missing(wild)
-    assert message and "and 2 more is missing" in message and "context.jsonl" in message
+    assert message and "(and 2 more) is missing" in message and "context.jsonl" in message
     items = list(TASKS.get("llava_bench").items(wild))
     assert items[0].groups == {"category": "conv"} and items[0].images == (wild / "images/a.jpg",)
 
